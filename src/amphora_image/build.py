@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plan becomes image files: diskimage-builder in a sandbox, then the formats, then their names."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from amphora_image import host, manifest, sandbox
+from amphora_image.errors import AmphoraImageError, Interrupted
+from amphora_image.log import BuildLog, hint_for, that_matter
+from amphora_image.plan import Plan
+from amphora_image.request import ImageType, Request
+from amphora_image.run import run
+from amphora_image.sandbox import Command
+from amphora_image.workspace import Workspace, workspace
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+#: How qemu-img makes each format of the raw disk.
+CONVERSIONS: Mapping[ImageType, tuple[str, ...]] = {
+    ImageType.QCOW2: ("-O", "qcow2", "-c", "-m", "4", "-W", "-o", "compression_type=zstd"),
+    ImageType.RAW: ("-O", "raw"),
+    ImageType.VHD: ("-O", "vpc", "-o", "subformat=dynamic,force_size=on"),
+}
+
+
+def build(request: Request, plan: Plan, console: Console) -> list[Path]:
+    """Build the image files of a request and return them, manifest and checksums beside them.
+
+    :raises HostError: this machine cannot build.
+    :raises Interrupted: a signal came; all is undone.
+    :raises AmphoraImageError: the build failed; the message has the lines that matter.
+    """
+    host.require(request)
+    request.cache_dir.mkdir(parents=True, exist_ok=True)
+    request.output.parent.mkdir(parents=True, exist_ok=True)
+    log_path = request.log_file or _default_log(request)
+    with signals_interrupt(), BuildLog(log_path, console) as log, workspace() as space:
+        log.phase("preparation")
+        _place_work(request, space, console)
+        partial = _partial_outputs(request, space)
+        contents = space.root / "contents.json"
+        commands = _commands(request, plan, space, partial, contents)
+        _run_in_sandbox(space, commands, log)
+        log.phase("checksums and manifest")
+        digests = _digests(partial)
+        files = {
+            request.outputs[kind].name: {"sha256": digests[kind], "bytes": path.stat().st_size}
+            for kind, path in partial.items()
+        }
+        # An image of other elements (DIB_ELEMENTS) may not tell what it holds.
+        held = json.loads(contents.read_text()) if contents.exists() else {}
+        record = manifest.compose(request, plan, held, log.seconds, files)
+        return _publish(request, partial, digests, json.dumps(record, indent=2) + "\n", space)
+
+
+@contextmanager
+def signals_interrupt() -> Iterator[None]:
+    """Turn SIGINT, SIGTERM and SIGHUP into Interrupted; later ones wait for the clean-up."""
+
+    def interrupt(signum: int, _: FrameType | None) -> None:
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        raise Interrupted(signum)
+
+    before = {each: signal.signal(each, interrupt) for each in SIGNALS}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def _default_log(request: Request) -> Path:
+    directory = request.cache_dir / "logs"
+    directory.mkdir(parents=True, exist_ok=True)
+    for old in sorted(directory.glob("*.log"), key=lambda path: path.stat().st_mtime)[:-19]:
+        old.unlink(missing_ok=True)
+    descriptor, name = tempfile.mkstemp(f"-{request.output.name[:100]}.log", "build-", directory)
+    os.close(descriptor)
+    return Path(name)
+
+
+def _place_work(request: Request, space: Workspace, console: Console) -> None:
+    on_disk = request.on_disk
+    if not on_disk and host.available_memory() < host.TMPFS_MEMORY:
+        console.print("less than 4 GiB of memory are free: building on disk, which is slower")
+        on_disk = True
+    space.work_in(request.working_dir if on_disk else None)
+
+
+def _partial_outputs(request: Request, space: Workspace) -> dict[ImageType, Path]:
+    partial = {}
+    for kind, path in request.outputs.items():
+        partial[kind] = path.with_name(f".{space.root.name}.{kind}.part")
+        space.owns(partial[kind])
+    return partial
+
+
+def _commands(
+    request: Request,
+    plan: Plan,
+    space: Workspace,
+    partial: Mapping[ImageType, Path],
+    contents: Path,
+) -> list[Command]:
+    env = _build_environment(request, plan, space, contents)
+    python = str(space.safe(Path(sys.prefix)) / Path(sys.executable).relative_to(sys.prefix))
+    scripts = space.safe(Path(sysconfig.get_path("scripts")))
+    disk_image_create = [python, str(scripts / plan.argv[0]), *plan.argv[1:]]
+    env["DIB_PYTHON_EXEC"] = python
+    here = str(space.root)
+    work = str(space.work)
+    return [
+        Command(["mkdir", "-p", work], env, here),
+        Command(disk_image_create, env, work),
+        *(Command(_conversion(kind, path), env, work) for kind, path in partial.items()),
+    ]
+
+
+def _conversion(kind: ImageType, path: Path) -> list[str]:
+    if kind is ImageType.TAR:
+        return ["cp", "image.tar", str(path)]
+    return ["qemu-img", "convert", "-f", "raw", *CONVERSIONS[kind], "image.raw", str(path)]
+
+
+def _build_environment(
+    request: Request, plan: Plan, space: Workspace, contents: Path
+) -> dict[str, str]:
+    env = {**os.environ, **plan.environment}
+    for name, paths in plan.paths.items():
+        for path in paths:
+            if name in {"DIB_IMAGE_CACHE", "UV_CACHE_DIR"}:
+                path.mkdir(parents=True, exist_ok=True)
+        env[name] = ":".join(str(space.safe(path)) for path in paths)
+    work = str(space.work)
+    env |= {
+        "AMPHORA_CONTENTS_FILE": str(contents),
+        "DIB_LOCKFILES": work,
+        "TMPDIR": work,
+        "TMP_DIR": work,
+        "USER": "root",
+    }
+    if request.root_password is not None:
+        env["AMPHORA_ROOT_PASSWORD_FILE"] = str(_password_file(request.root_password, space))
+    return env
+
+
+def _password_file(password: str, space: Workspace) -> Path:
+    path = space.root / "root-password"
+    path.touch(mode=0o600)
+    # SHA-512 crypt(5), which every supported release reads; the password goes by standard input.
+    path.write_text(run(["openssl", "passwd", "-6", "-stdin"], stdin=password + "\n"))
+    return path
+
+
+def _run_in_sandbox(space: Workspace, commands: list[Command], log: BuildLog) -> None:
+    process = sandbox.start(space.mounts, commands)
+    assert process.stdout
+    try:
+        for line in process.stdout:
+            log.line(line)
+        status = process.wait()
+    finally:
+        process.kill()
+        process.stdout.read()  # ends when the last process of the sandbox has ended
+        process.wait()
+    if status:
+        tail = "\n".join(that_matter(log.lines))
+        raise AmphoraImageError(
+            f"the build failed\n{tail}\nThe whole log: {log.path}", hint=hint_for(log.lines[-200:])
+        )
+
+
+def _digests(partial: Mapping[ImageType, Path]) -> dict[ImageType, str]:
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(partial, pool.map(manifest.sha256_of, partial.values()), strict=True))
+
+
+def _publish(
+    request: Request,
+    partial: Mapping[ImageType, Path],
+    digests: Mapping[ImageType, str],
+    record: str,
+    space: Workspace,
+) -> list[Path]:
+    """Give the files their names, checksums first, so that a whole image never lacks one."""
+    finals = []
+    for kind, path in partial.items():
+        final = request.outputs[kind]
+        _write_whole(Path(f"{final}.sha256"), f"{digests[kind]}  {final.name}\n", space)
+        _write_whole(Path(f"{final}.json"), record, space)
+        _give_to_caller(path)
+        os.replace(path, final)
+        finals.append(final)
+    return finals
+
+
+def _write_whole(path: Path, text: str, space: Workspace) -> None:
+    part = path.with_name(f".{space.root.name}.{path.suffix[1:]}.part")
+    part.write_text(text)
+    _give_to_caller(part)
+    os.replace(part, path)
+
+
+def _give_to_caller(path: Path) -> None:
+    """Let whoever called sudo own the file, and all read it that the umask lets."""
+    if "SUDO_UID" in os.environ:
+        os.chown(path, int(os.environ["SUDO_UID"]), int(os.environ.get("SUDO_GID", -1)))

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this machine is and can do: found out before any work begins."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from amphora_image.errors import AmphoraImageError, HostError
+from amphora_image.request import Architecture, BaseOS, Request
+from amphora_image.run import run
+
+GIB = 1024**3
+
+#: Free memory that a build on tmpfs needs, and free space that any build needs, in bytes.
+TMPFS_MEMORY = 4 * GIB
+BUILD_MEMORY = GIB // 2
+BUILD_SPACE = 4 * GIB
+OUTPUT_SPACE = GIB
+
+#: Program -> the package of Debian and Ubuntu that holds it.
+TOOLS: Mapping[str, str] = {
+    "chroot": "coreutils",
+    "fstrim": "util-linux",
+    "losetup": "mount",
+    "mkfs.ext4": "e2fsprogs",
+    "mount": "mount",
+    "qemu-img": "qemu-utils",
+    "setpriv": "util-linux",
+    "sfdisk": "fdisk",
+    "sudo": "sudo",
+    "tar": "tar",
+    "unshare": "util-linux",
+}
+APT_TOOLS: Mapping[str, str] = {"mmdebstrap": "mmdebstrap", "gpgv": "gpgv"}
+
+#: Where the packages of the distributions put the keys of their archives.
+KEYRINGS: Mapping[BaseOS, tuple[str, Path]] = {
+    BaseOS.DEBIAN: (
+        "debian-archive-keyring",
+        Path("/usr/share/keyrings/debian-archive-keyring.gpg"),
+    ),
+    BaseOS.UBUNTU: (
+        "ubuntu-keyring or ubuntu-archive-keyring",
+        Path("/usr/share/keyrings/ubuntu-archive-keyring.gpg"),
+    ),
+}
+
+MACHINES: Mapping[str, Architecture] = {
+    "x86_64": Architecture.AMD64,
+    "i686": Architecture.I386,
+    "armv7l": Architecture.ARMHF,
+    "aarch64": Architecture.ARM64,
+    "ppc64le": Architecture.PPC64LE,
+}
+
+
+@dataclass(frozen=True)
+class Mirrors:
+    """URLs of the apt archives that this host uses."""
+
+    archive: str
+    security: str | None = None
+
+
+@dataclass(frozen=True)
+class Host:
+    """What a plan has to know of the machine that builds.
+
+    :ivar base_os: what it runs, if that is one that we build.
+    :ivar mirrors: where its own packages come from, if it runs apt.
+    :ivar keyrings: keys of the archives that are installed here.
+    """
+
+    base_os: BaseOS | None = None
+    mirrors: Mirrors | None = None
+    keyrings: Mapping[BaseOS, Path] = field(default_factory=dict)
+
+
+def look() -> Host:
+    """Return what this machine is. Starts apt-get where there is one; needs no privilege."""
+    release = platform.freedesktop_os_release() if Path("/etc/os-release").exists() else {}
+    name = release.get("ID", "")
+    return Host(
+        base_os=BaseOS(name) if name in set(BaseOS) else None,
+        mirrors=_own_mirrors(release.get("VERSION_CODENAME", "")),
+        keyrings={base_os: path for base_os, (_, path) in KEYRINGS.items() if path.exists()},
+    )
+
+
+def default_architecture(machine: str) -> Architecture:
+    """Return the architecture of a host by the name that :manpage:`uname(2)` gives it."""
+    return MACHINES.get(machine, Architecture.AMD64)
+
+
+def _own_mirrors(codename: str) -> Mirrors | None:
+    if not codename or not shutil.which("apt-get"):
+        return None
+    try:
+        targets = run(
+            [
+                "apt-get",
+                "indextargets",
+                "--format",
+                "$(CODENAME) $(REPO_URI)",
+                "Created-By: Packages",
+            ]
+        )
+    except AmphoraImageError:
+        return None
+    return mirrors_of(codename, targets)
+
+
+def mirrors_of(codename: str, targets: str) -> Mirrors | None:
+    """Return the mirrors of a release among apt's index targets.
+
+    :param targets: lines of a suite's name and its archive's URL.
+    """
+    urls: dict[str, str] = {}
+    for line in targets.splitlines():
+        suite, _, url = line.partition(" ")
+        # Only what the build can use as it is: no file:, cdrom: or mirror+file: sources.
+        if url.startswith(("http://", "https://")):
+            urls.setdefault(suite, url)
+    archive = urls.get(codename)
+    return Mirrors(archive, urls.get(f"{codename}-security")) if archive else None
+
+
+def require(request: Request) -> None:
+    """Refuse at once what cannot work on this machine.
+
+    :raises HostError: the first of: not root, a tool or the archive's keys are missing, no
+        private namespaces, no loop devices, too little memory or space.
+    """
+    if os.geteuid() != 0:
+        raise HostError("building an image needs root", hint="run the same command with sudo")
+    _require_tools({**TOOLS, **(APT_TOOLS if request.debian_family else {})})
+    _require_keyring(request)
+    _require_namespaces()
+    _require_loop_devices()
+    if request.on_disk:
+        _require_space(request.working_dir, BUILD_SPACE, "-w chooses another directory")
+    elif available_memory() < BUILD_MEMORY:
+        raise HostError(
+            f"{available_memory() // 2**20} MiB of memory are free; "
+            f"a build needs {BUILD_MEMORY // 2**20}"
+        )
+    _require_space(request.output.parent, OUTPUT_SPACE, "-o chooses another directory")
+
+
+def _require_tools(tools: Mapping[str, str]) -> None:
+    missing = {tool: package for tool, package in tools.items() if not shutil.which(tool)}
+    if missing:
+        raise HostError(
+            f"not installed: {', '.join(sorted(missing))}",
+            hint=f"apt-get install {' '.join(sorted(set(missing.values())))}",
+        )
+
+
+def _require_keyring(request: Request) -> None:
+    if not request.debian_family:
+        return
+    package, path = KEYRINGS[request.base_os]
+    given = request.environment.keyring
+    if given and not given.is_file():
+        raise HostError(f"DIB_APT_KEYRING is {given}, which is no file")
+    if not given and not path.exists():
+        raise HostError(
+            f"the keys of {request.base_os}'s archive are missing: {path}",
+            hint=f"install the package {package}, or set DIB_APT_KEYRING to a file with the keys",
+        )
+
+
+def _require_namespaces() -> None:
+    try:
+        run(["unshare", "--mount", "--pid", "--fork", "--mount-proc", "true"])
+    except AmphoraImageError as error:
+        raise HostError(
+            f"no private mount and PID namespaces here: {error}",
+            hint="in a container, run it with --privileged",
+        ) from error
+
+
+def _require_loop_devices() -> None:
+    try:
+        run(["losetup", "--find"])
+    except AmphoraImageError as error:
+        raise HostError(
+            f"no loop devices here: {error}",
+            hint="modprobe loop; in a container, run it with --privileged",
+        ) from error
+
+
+def _require_space(directory: Path, wanted: int, hint: str) -> None:
+    existing = next(place for place in (directory, *directory.parents) if place.exists())
+    free = shutil.disk_usage(existing).free
+    if free < wanted:
+        raise HostError(
+            f"{existing} has {free // 2**20} MiB free; {wanted // 2**20} are needed", hint
+        )
+
+
+def available_memory() -> int:
+    """Return the bytes of memory that new work can have (``MemAvailable`` of proc(5))."""
+    return memory_of(Path("/proc/meminfo").read_text().splitlines())
+
+
+def memory_of(lines: Iterable[str]) -> int:
+    """Return ``MemAvailable`` in bytes from the lines of /proc/meminfo."""
+    values = dict(line.split(":", 1) for line in lines if ":" in line)
+    return int(values["MemAvailable"].split()[0]) * 1024

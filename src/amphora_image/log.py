@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a build says: every line to a file, one line a phase to the terminal."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from rich.console import Console
+from rich.status import Status
+
+#: diskimage-builder's phases, in words.
+PHASES = {
+    "root": "root file system and packages",
+    "extra-data": "agent and settings",
+    "pre-install": "before installation",
+    "install": "installation",
+    "post-install": "after installation",
+    "post-root": "after installation",
+    "block-device": "disk",
+    "pre-finalise": "disk",
+    "finalise": "boot loader",
+    "cleanup": "clean-up",
+}
+CONVERT = "image files"
+
+_SCRIPT = re.compile(r"dib-run-parts Running \S*/([a-z-]+)\.d/(\S+)$")
+_CREATE_DISK = re.compile(r"dib-block-device|Create image file|Calculating image size")
+_CONVERT = re.compile(r"Build completed successfully")
+_DOING = re.compile(r"^(Setting up|Unpacking|Get:\d+|Selecting|I: |Prepared|Installed) ?(.*)$")
+
+#: Lines that tell nothing about a failure: shell traces, DIB's timing tables, apt's progress.
+_NOISE = re.compile(
+    r"^\s*$|^\+|^dib-run-parts|^(Setting up|Unpacking|Selecting|Preparing to|Get:|Hit:|Ign:)"
+    r"|^(Reading|Building|Fetched|Copying hooks|\(Reading)|^Unmount |^Killing chroot"
+    r"|^rm: |^umount|profiledir|^removed |exec_sudo"
+)
+
+#: What a known line of the log means for the user, the first that fits.
+HINTS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern), hint)
+    for pattern, hint in (
+        (
+            r"No space left on device|cannot copy extracted data|Disk quota exceeded",
+            "no space: make the image larger (-s), or build on a disk with room (-f -w DIRECTORY)",
+        ),
+        (
+            r"NO_PUBKEY|no public key|is not signed|EXPKEYSIG|signature verification failed",
+            "the archive's signature is not trusted: install the archive's keyring package, "
+            "or set DIB_APT_KEYRING to a file with its keys",
+        ),
+        (
+            r"[Cc]ertificate verif|CERTIFICATE_VERIFY_FAILED|UnknownIssuer|self.signed certificate"
+            r"|certificate is NOT trusted",
+            "a TLS certificate is not trusted: add your CA to the host's trust store, "
+            "and set SSL_CERT_FILE for Python's packages",
+        ),
+        (
+            r"Could not resolve|Failed to fetch|Connection (failed|refused|timed out)"
+            r"|Unable to connect|dns error|error sending request|tcp connect error"
+            r"|Temporary failure in name resolution|Network is unreachable",
+            "a mirror cannot be reached: check the network and proxies, "
+            "or name another mirror (BASE_OS_MIRROR, UV_DEFAULT_INDEX)",
+        ),
+        (
+            r"Unable to locate package|has no installation candidate|Unable to correct problems",
+            "a package is not in the archive: check -d, -k and the mirror's components",
+        ),
+        (r"command not found|No such file or directory: '", "a tool is missing on this host"),
+    )
+)
+
+
+def hint_for(lines: Iterable[str]) -> str | None:
+    """Return what the user can do about a failure that these lines tell of, if that is known."""
+    text = "\n".join(lines)
+    return next((hint for pattern, hint in HINTS if pattern.search(text)), None)
+
+
+def that_matter(lines: Iterable[str], most: int = 30) -> list[str]:
+    """Return the last lines of a log that can tell why a build failed."""
+    return [line for line in lines if not _NOISE.search(line)][-most:]
+
+
+def phase_of(line: str) -> tuple[str, str] | None:
+    """Return the phase that a line of diskimage-builder's output begins, and its script."""
+    if match := _SCRIPT.search(line):
+        phase, script = match.groups()
+        return PHASES.get(phase, phase), script
+    if _CONVERT.search(line):
+        return CONVERT, ""
+    if _CREATE_DISK.search(line):
+        return PHASES["block-device"], ""
+    return None
+
+
+class BuildLog:
+    """The log of one build; a context manager that closes its file.
+
+    :param path: of the log file, which is made anew.
+    :param console: where the progress goes.
+    :ivar seconds: phase -> seconds that it took, in the order of their first beginning.
+    """
+
+    def __init__(self, path: Path, console: Console) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.lines: list[str] = []
+        self.seconds: dict[str, float] = {}
+        self._file: IO[str] = path.open("w", encoding="utf-8", errors="replace")
+        self._console = console
+        self._status: Status | None = None
+        self._phase = ""
+        self._started = self._phase_started = time.monotonic()
+
+    def __enter__(self) -> BuildLog:
+        """Return the log."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the file and end the line of the phase."""
+        self._end_phase(failed=error is not None)
+        self._file.close()
+
+    def line(self, text: str) -> None:
+        """Take one line of output."""
+        text = text.rstrip()
+        self.lines.append(text)
+        self._file.write(f"{time.monotonic() - self._started:8.2f} {text}\n")
+        self._file.flush()
+        if found := phase_of(text):
+            self.phase(*found)
+        elif self._status and (doing := _DOING.match(text)):
+            self._show(" ".join(doing.groups()))
+
+    def phase(self, name: str, now: str = "") -> None:
+        """Begin a phase, or go on with it; tell what is going on now."""
+        if name != self._phase:
+            self._end_phase()
+            self._phase, self._phase_started = name, time.monotonic()
+            if self._console.is_terminal:
+                self._status = self._console.status("")
+                self._status.start()
+        self._show(now)
+
+    def _show(self, now: str) -> None:
+        if self._status:
+            room = max(self._console.width - len(self._phase) - 12, 10)
+            self._status.update(f"{self._phase} [dim]{now[:room]}[/dim]")
+
+    def _end_phase(self, *, failed: bool = False) -> None:
+        if self._status:
+            self._status.stop()
+            self._status = None
+        if self._phase:
+            took = time.monotonic() - self._phase_started
+            self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + took
+            mark = "[red]failed[/red]" if failed else f"{took:6.1f} s"
+            self._console.print(f"{mark}  {self._phase}", highlight=False)
+            self._phase = ""

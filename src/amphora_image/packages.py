@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every element's package list, joined before the root file system exists: one apt transaction.
+
+DIB installs packages phase by phase, an apt run each. It also has the tools to know them all at
+once: ``package-installs-squash`` reads every element's ``package-installs``, and ``pkg-map`` turns
+names into the distribution's. This room asks them on the host, so that the base element can hand
+the whole set to mmdebstrap; DIB's later runs then find everything installed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from amphora_image.errors import AmphoraImageError
+from amphora_image.run import run
+
+
+def wanted(squashed: Mapping[str, Mapping[str, list[list[str]]]]) -> dict[str, list[str]]:
+    """Return the packages to install by the element that asks for them.
+
+    :param squashed: phase -> ``install`` or ``uninstall`` -> [package, element] pairs, as
+        ``package-installs-squash`` writes them. A package that its element takes away again in
+        the same phase is a build tool and is left to that phase.
+    """
+    by_element: dict[str, list[str]] = {}
+    for actions in squashed.values():
+        build_only = {tuple(pair) for pair in actions.get("uninstall", [])}
+        for package, element in actions.get("install", []):
+            if (package, element) not in build_only:
+                by_element.setdefault(element, []).append(package)
+    return by_element
+
+
+def collect(elements: Mapping[str, Path], element_path: str, tools: Path) -> list[str]:
+    """Return the distribution's names of all packages that the elements ask for, sorted.
+
+    :param elements: element -> its directory, dependencies included.
+    :param element_path: the search path for elements, joined with ``:``.
+    :param tools: the directory with DIB's own elements.
+    :raises AmphoraImageError: a package list cannot be read.
+    """
+    python = sys.executable
+    with tempfile.TemporaryDirectory() as scratch:
+        outfile = Path(scratch, "package-installs.json")
+        squash = tools / "package-installs/bin/package-installs-squash"
+        run([python, squash, f"--elements={' '.join(elements)}", f"--path={element_path}", outfile])
+        squashed = json.loads(outfile.read_text())
+    names: set[str] = set()
+    for element, packages in wanted(squashed).items():
+        map_file = elements[element] / "pkg-map"
+        if map_file.exists():
+            pkg_map = tools / "pkg-map/bin/pkg-map"
+            options = ["--missing-ok", "--pkg-map", str(map_file)]
+            packages = run([python, pkg_map, *options, *packages]).split()
+        names.update(packages)
+    return sorted(names)
+
+
+def main() -> None:
+    """Print the packages, one a line, for the element ``amphora-base``; DIB sets the variables."""
+    import yaml
+    from diskimage_builder.paths import get_path
+
+    elements = {
+        name: Path(path) for name, path in yaml.safe_load(os.environ["IMAGE_ELEMENT_YAML"]).items()
+    }
+    try:
+        print(*collect(elements, os.environ["ELEMENTS_PATH"], Path(get_path("elements"))), sep="\n")
+    except AmphoraImageError as error:
+        sys.exit(f"packages: {error}")
+
+
+if __name__ == "__main__":
+    main()
