@@ -9,8 +9,8 @@ them, and passes discards through (a loop device on the whole-disk loop device w
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from diskimage_builder.block_device.exception import BlockDeviceSetupException
@@ -93,7 +93,8 @@ class TableNode(NodeBase):  # type: ignore[misc]  # DIB has no types
     def create(self) -> None:
         """Write the table and remember where each partition lies."""
         disk = self.state["blockdev"][self.base]
-        laid = extents(os.stat(disk["image"]).st_size, [part["size"] for part in self.partitions])
+        disk_size = Path(disk["image"]).stat().st_size
+        laid = extents(disk_size, [part["size"] for part in self.partitions])
         # Written through the loop device, so that its page cache knows the table: the boot
         # loader's first sector is written there too. The kernel is not asked to read it.
         run(

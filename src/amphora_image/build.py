@@ -203,7 +203,7 @@ def _publish(
         _write_whole(Path(f"{final}.sha256"), f"{digests[kind]}  {final.name}\n", space)
         _write_whole(Path(f"{final}.json"), record, space)
         _give_to_caller(path)
-        os.replace(path, final)
+        path.replace(final)
         finals.append(final)
     return finals
 
@@ -212,7 +212,7 @@ def _write_whole(path: Path, text: str, space: Workspace) -> None:
     part = path.with_name(f".{space.root.name}.{path.suffix[1:]}.part")
     part.write_text(text)
     _give_to_caller(part)
-    os.replace(part, path)
+    part.replace(path)
 
 
 def _give_to_caller(path: Path) -> None:

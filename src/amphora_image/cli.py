@@ -84,9 +84,7 @@ def _add_build_options(parser: argparse.ArgumentParser) -> None:
         "-r",
         "--root-password",
         metavar="PASSWORD",
-        help=(
-            "root password, '-' reads it from standard input; not for production (default: disabled)"
-        ),
+        help=("root password, '-': from standard input; not for production (default: disabled)"),
     )
     add(
         "-s",

@@ -19,7 +19,7 @@ class AmphoraImageError(Exception):
 
 
 class HostError(AmphoraImageError):
-    """This host cannot build: a tool, a privilege, a device or space is missing."""
+    """The host cannot build: a tool, a privilege, a device or space is missing."""
 
     exit_code = 2
 

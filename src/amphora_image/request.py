@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was asked: one frozen, validated value; it knows nothing of hosts or of diskimage-builder."""
+"""What was asked: one frozen, validated value that knows neither hosts nor diskimage-builder."""
 
 from __future__ import annotations
 

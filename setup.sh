@@ -1,0 +1,62 @@
+# shellcheck shell=bash
+# SPDX-License-Identifier: Apache-2.0
+# Sourced by diskimage-create.sh and run-tests: host packages from bindep.txt, Python's into .venv.
+# Sets `venv`. Does nothing, and in no time, where all is there.
+
+checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+venv=$checkout/.venv
+
+fail() {
+    printf 'error: %s\nhint: %s\n' "$1" "$2" >&2
+    exit 2
+}
+
+# bindep.txt has the packages of every use; those of another profile than ours are left out.
+packages_of() {
+    local profile=$1
+    sed -nE "s/^([a-z0-9.+-]+) \[platform:dpkg( $profile)?\]$/\1/p" "$checkout/bindep.txt"
+}
+
+require_packages() {
+    local profile=$1 package missing=()
+    command -v dpkg-query > /dev/null || return 0 # the build itself names what it misses
+    for package in $(packages_of "$profile"); do
+        dpkg-query --show --showformat '${db:Status-Status}' "$package" 2> /dev/null |
+            grep -qx installed || missing+=("$package")
+    done
+    [ ${#missing[@]} -gt 0 ] || return 0
+    if [ "$(id -u)" -ne 0 ]; then
+        fail "host packages are missing: ${missing[*]}" \
+            "sudo apt-get install --no-install-recommends ${missing[*]}"
+    fi
+    echo "installing host packages: ${missing[*]}" >&2
+    local apt=(apt-get -qq -o Dpkg::Use-Pty=0)
+    export DEBIAN_FRONTEND=noninteractive
+    if ! { "${apt[@]}" update && "${apt[@]}" install -y --no-install-recommends "${missing[@]}"; } >&2; then
+        fail "apt-get could not install ${missing[*]}" "its own words are above"
+    fi
+}
+
+# The venv is as the lock says; a stamp beside it tells which lock that was.
+require_venv() {
+    local lock=$checkout/requirements/$1.txt
+    local stamp=$venv/.lock-$1
+    cmp -s "$lock" "$stamp" && [ -x "$venv/bin/amphora-image" ] && return 0
+    if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
+        fail "python3 is missing or older than 3.11" "install Python 3.11 or newer"
+    fi
+    echo "installing Python packages into $venv" >&2
+    [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
+    # A private CA is trusted if the host trusts it; an index that pip knows serves uv as well.
+    export UV_SYSTEM_CERTS=1
+    if [ -n "${PIP_INDEX_URL:-}" ]; then
+        export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}
+    fi
+    local uv=("$venv/bin/uv" --quiet pip)
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+        --require-hashes --requirement "$checkout/requirements/uv.txt"
+    "${uv[@]}" sync --python "$venv/bin/python" --require-hashes "$lock"
+    "${uv[@]}" install --python "$venv/bin/python" --no-deps --no-build-isolation \
+        --editable "$checkout"
+    cp "$lock" "$stamp"
+}
