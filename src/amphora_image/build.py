@@ -24,9 +24,7 @@ from amphora_image.plan import Plan
 from amphora_image.request import ImageType, Request
 from amphora_image.run import run
 from amphora_image.sandbox import Command
-from amphora_image.workspace import Workspace, workspace
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from amphora_image.workspace import SIGNALS, Workspace, undisturbed, workspace
 
 #: How qemu-img makes each format of the raw disk.
 CONVERSIONS: Mapping[ImageType, tuple[str, ...]] = {
@@ -68,7 +66,7 @@ def build(request: Request, plan: Plan, console: Console) -> list[Path]:
 
 @contextmanager
 def signals_interrupt() -> Iterator[None]:
-    """Turn SIGINT, SIGTERM and SIGHUP into Interrupted; later ones wait for the clean-up."""
+    """Turn SIGINT, SIGTERM or SIGHUP into Interrupted; later ones are ignored to the very end."""
 
     def interrupt(signum: int, _: FrameType | None) -> None:
         for each in SIGNALS:
@@ -79,8 +77,9 @@ def signals_interrupt() -> Iterator[None]:
     try:
         yield
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        if signal.getsignal(SIGNALS[0]) is interrupt:
+            for each, handler in before.items():
+                signal.signal(each, handler)
 
 
 def _default_log(request: Request) -> Path:
@@ -146,9 +145,11 @@ def _build_environment(
                 path.mkdir(parents=True, exist_ok=True)
         env[name] = ":".join(str(space.safe(path)) for path in paths)
     work = str(space.work)
+    locks = request.cache_dir / "locks"
+    locks.mkdir(exist_ok=True)
     env |= {
         "AMPHORA_CONTENTS_FILE": str(contents),
-        "DIB_LOCKFILES": work,
+        "DIB_LOCKFILES": str(space.safe(locks)),  # builds that share a cache share its locks
         "TMPDIR": work,
         "TMP_DIR": work,
         "USER": "root",
@@ -197,19 +198,19 @@ def _publish(
     space: Workspace,
 ) -> list[Path]:
     """Give the files their names, checksums first, so that a whole image never lacks one."""
-    finals = []
-    for kind, path in partial.items():
-        final = request.outputs[kind]
-        _write_whole(Path(f"{final}.sha256"), f"{digests[kind]}  {final.name}\n", space)
-        _write_whole(Path(f"{final}.json"), record, space)
-        _give_to_caller(path)
-        path.replace(final)
-        finals.append(final)
-    return finals
+    with undisturbed():
+        for kind, path in partial.items():
+            final = request.outputs[kind]
+            _write_whole(Path(f"{final}.sha256"), f"{digests[kind]}  {final.name}\n", space)
+            _write_whole(Path(f"{final}.json"), record, space)
+            _give_to_caller(path)
+            path.replace(final)
+    return list(request.outputs.values())
 
 
 def _write_whole(path: Path, text: str, space: Workspace) -> None:
     part = path.with_name(f".{space.root.name}.{path.suffix[1:]}.part")
+    space.owns(part)
     part.write_text(text)
     _give_to_caller(part)
     part.replace(path)

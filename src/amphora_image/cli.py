@@ -242,6 +242,18 @@ def _lock(args: argparse.Namespace) -> None:
     print(*agent.refresh_locks(os.environ, series, constraints=args.constraints), sep="\n")
 
 
+def _boot(args: argparse.Namespace) -> None:
+    from amphora_image import boot  # the controller's side is an extra: amphora-image[prove]
+
+    image = Path(args.image)
+    log = Path(args.log or f"{image.name}.serial.log")
+    report = boot.prove(image, log=log, accel=args.accel, timeout=args.timeout)
+    if args.json:
+        print(report.json())
+    else:
+        Console().print(report)
+
+
 def _guarded(work: Callable[[], None]) -> int:
     """Run the work; return the exit code, and tell a failure to the user without a traceback."""
     console = Console(stderr=True, soft_wrap=True)
@@ -302,6 +314,12 @@ def _verbs() -> argparse.ArgumentParser:
     plan = verb("plan", _plan, "Show what disk-image-create would be told, as JSON.")
     _add_build_options(plan)
     plan.add_argument("--shell", action="store_true", help="as a line to paste into a shell")
+    boot = verb("boot", _boot, "Boot an image in QEMU until its agent serves the controller.")
+    boot.add_argument("image", metavar="IMAGE", help="a qcow2, raw or vhd file; not written to")
+    boot.add_argument("--accel", choices=("auto", "kvm", "tcg"), default="auto")
+    boot.add_argument("--log", help="serial log (default: IMAGE.serial.log in this directory)")
+    boot.add_argument("--timeout", type=float, default=600, help="seconds in all (default: 600)")
+    boot.add_argument("--json", action="store_true", help="the report as JSON")
     lock = verb("lock", _lock, "Refresh the agent's locked requirements.")
     lock.add_argument("--series", help="an OpenStack series (default: all that are locked)")
     lock.add_argument("--constraints", help="file or URL of the series' upper constraints")

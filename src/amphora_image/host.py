@@ -29,6 +29,7 @@ TOOLS: Mapping[str, str] = {
     "losetup": "mount",
     "mkfs.ext4": "e2fsprogs",
     "mount": "mount",
+    "openssl": "openssl",
     "qemu-img": "qemu-utils",
     "setpriv": "util-linux",
     "sfdisk": "fdisk",
@@ -149,6 +150,7 @@ def require(request: Request) -> None:
             f"{available_memory() // 2**20} MiB of memory are free; "
             f"a build needs {BUILD_MEMORY // 2**20}"
         )
+    _require_outputs(request)
     _require_space(request.output.parent, OUTPUT_SPACE, "-o chooses another directory")
 
 
@@ -193,6 +195,12 @@ def _require_loop_devices() -> None:
             f"no loop devices here: {error}",
             hint="modprobe loop; in a container, run it with --privileged",
         ) from error
+
+
+def _require_outputs(request: Request) -> None:
+    for path in request.outputs.values():
+        if path.is_dir():
+            raise HostError(f"{path} is a directory", hint="-o chooses another name")
 
 
 def _require_space(directory: Path, wanted: int, hint: str) -> None:

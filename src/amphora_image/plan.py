@@ -188,6 +188,7 @@ def _environment(request: Request, host: Host) -> dict[str, str]:
     command_line = [words for words, wanted in COMMAND_LINE_ROWS if wanted(request)]
     command_line += [env.command_line] if env.command_line else []
     variables = {
+        "AMPHORA_AGENT_FROM_PACKAGES": str(int(isinstance(request.agent, agent.Packaged))),
         "AMPHORA_KERNEL_PACKAGE": kernel,
         "CLOUD_INIT_DATASOURCES": env.datasources,
         "DIB_APT_LOCAL_CACHE": "0",  # one apt cache for two builds is locked by the first

@@ -88,6 +88,7 @@ def _reap() -> None:
 
 def main() -> int:
     """Run the job that standard input holds; return the status of its last command."""
+    os.umask(0o022)  # what the caller's umask hides would be hidden in the image
     job = json.load(sys.stdin)
     try:
         for mount in job["mounts"]:

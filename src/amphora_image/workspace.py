@@ -13,9 +13,11 @@ import json
 import os
 import re
 import shutil
+import signal
+import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -25,6 +27,9 @@ from amphora_image.run import run
 from amphora_image.sandbox import Mount
 
 PREFIX = "amphora-image-"
+
+#: What ends a build, and what waits while something is done as a whole or not at all.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 #: Paths that may stand in diskimage-builder's shell scripts, which seldom quote.
 SAFE_PATH = re.compile(r"[A-Za-z0-9_./-]+")
@@ -92,24 +97,49 @@ def _home() -> Path:
 
 
 @contextmanager
+def undisturbed() -> Iterator[None]:
+    """Let signals wait until the block has ended."""
+    # Not pthread_sigmask(2): any other thread, one that draws progress say, would take the signal.
+    came: list[int] = []
+    before = {each: signal.signal(each, lambda number, _: came.append(number)) for each in SIGNALS}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
+
+
+@contextmanager
 def workspace() -> Iterator[Workspace]:
     """Make a workspace, and end it with all that belongs to it whatever happens."""
     remove_stale()
+    with ExitStack() as ends:
+        with undisturbed():
+            space = _make(ends)
+        yield space
+
+
+def _make(ends: ExitStack) -> Workspace:
     root = Path(tempfile.mkdtemp(prefix=PREFIX, dir=_home()))
-    with (root / "state.json").open("w") as state:
-        fcntl.flock(state, fcntl.LOCK_EX)
-        space = Workspace(root, state)
-        space.owns(root)
-        try:
-            yield space
-        finally:
-            _remove(root, space._removals)
+    # Under its own name only once it is locked: another build takes an unlocked one for stale.
+    unlocked = root / "state.new"
+    state = ends.enter_context(unlocked.open("w"))
+    fcntl.flock(state, fcntl.LOCK_EX)
+    space = Workspace(root, state)
+    space.owns(root)
+    unlocked.rename(root / "state.json")
+    ends.callback(_remove, root, space._removals)
+    return space
 
 
 def remove_stale() -> list[str]:
     """Remove what builds that were killed left behind; return the names of their workspaces."""
     removed = []
     for state_file in _home().glob(f"{PREFIX}*/state.json"):
+        if not _is_ours(state_file.parent):
+            continue
         with suppress(OSError), state_file.open("r+") as state:
             fcntl.flock(state, fcntl.LOCK_EX | fcntl.LOCK_NB)
             try:
@@ -121,13 +151,22 @@ def remove_stale() -> list[str]:
     return removed
 
 
+def _is_ours(root: Path) -> bool:
+    """Whether nobody else can have written what a workspace tells: anyone may write to /tmp."""
+    with suppress(OSError):
+        found = root.lstat()
+        return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+    return False
+
+
 def _remove(root: Path, removals: list[str]) -> None:
-    detach_loop_devices(root.name)
-    for path in map(Path, reversed(removals)):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    with undisturbed():
+        detach_loop_devices(root.name)
+        for path in map(Path, reversed(removals)):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def detach_loop_devices(name: str) -> None:

@@ -1,0 +1,460 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The amphora agent: locked requirements -> its Python environment inside an image's tree.
+
+It is ``/opt/amphora-agent`` there, made on the build host: a virtual environment of the image's own
+Python, with neither pip nor a compiler. ``docs/agent.rst`` tells of its sources.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+from importlib.metadata import Distribution, distributions
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from urllib.request import urlopen
+
+from uv import find_uv_bin
+
+from amphora_image.agent_locks.check_imports import COMMANDS
+from amphora_image.errors import AmphoraImageError, BadValue
+from amphora_image.run import run
+
+LOCKS = Path(__file__).with_name("agent_locks")
+
+#: Where the environment is, as the image sees it.
+HOME = "/opt/amphora-agent"
+
+#: Run inside the image: 0, or 1 and one line that names the module that cannot be imported.
+VERIFY = (f"{HOME}/bin/check-imports",)
+
+#: Architecture of the image -> uv's name of the platform. Every base OS has glibc 2.28 or newer.
+PLATFORMS = {"amd64": "x86_64-manylinux_2_28", "arm64": "aarch64-manylinux_2_28"}
+
+#: Pure Python that is built on the host where the agent is taken from Git; all else is a wheel.
+BUILT = ("octavia", "octavia-lib", "simplegeneric")
+
+REPOSITORY = "https://opendev.org/openstack/octavia"
+LIB_REPOSITORY = "https://opendev.org/openstack/octavia-lib"
+
+
+@dataclass(frozen=True)
+class Series:
+    """An OpenStack series as the agent sees it.
+
+    :param name: "2026.2".
+    :param octavia: version without its last part: "19" takes every 19.y.z.
+    :param octavia_lib: the same for octavia-lib, "3.12".
+    :param python: oldest Python that this Octavia accepts, "3.11".
+    :param released: the day after the series' release, "2026-10-01".
+    """
+
+    name: str
+    octavia: str
+    octavia_lib: str
+    python: str
+    released: str
+
+
+#: Newest first.
+SERIES = {
+    series.name: series
+    for series in (
+        Series("2026.2", "19", "3.12", "3.11", "2026-10-01"),
+        Series("2026.1", "18", "3.11", "3.10", "2026-04-02"),
+        Series("2025.2", "17", "3.10", "3.10", "2025-10-02"),
+    )
+}
+NEWEST = next(iter(SERIES))
+
+
+@dataclass(frozen=True)
+class Locked:
+    """Released packages, as a series' lock pins them.
+
+    :param series: "2026.1"; if None, the newest that accepts the image's Python.
+    """
+
+    series: str | None = None
+
+
+@dataclass(frozen=True)
+class FromGit:
+    """Octavia from Git.
+
+    :param ref: branch, tag or commit of octavia; what the repository has checked out if None.
+    :param repository: URL, or path of a local checkout, whose committed state is what counts.
+    :param lib_ref: of octavia-lib; if it and lib_repository are None, the release that the
+        constraints pin is taken.
+    :param constraints: URL or path of an upper-constraints file; the pins of the ref's series if
+        None.
+    """
+
+    ref: str | None = None
+    repository: str = REPOSITORY
+    lib_ref: str | None = None
+    lib_repository: str | None = None
+    constraints: str | None = None
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """The distribution's own packages, installed by an element and only checked here."""
+
+
+AgentSource = Locked | FromGit | Packaged
+
+_KINDS: dict[str, type[AgentSource]] = {"locked": Locked, "git": FromGit, "packages": Packaged}
+
+#: What operators set for Octavia's own script -> the field of FromGit; the first that is set wins.
+_DIB_VARIABLES = {
+    "DIB_REPOREF_amphora_agent": "ref",
+    "DIB_REPOLOCATION_amphora_agent": "repository",
+    "OCTAVIA_REPO_PATH": "repository",
+    "DIB_REPOREF_octavia_lib": "lib_ref",
+    "DIB_REPOLOCATION_octavia_lib": "lib_repository",
+    "DIB_REPOLOCATION_upper_constraints": "constraints",
+}
+
+
+def choose(
+    environ: Mapping[str, str], *, ref: str | None = None, packages: bool = False
+) -> AgentSource:
+    """The source that a user asked for: ``-g REF``, ``-p``, or any variable of Octavia's script.
+
+    :raises BadValue: both options were given.
+    """
+    if packages and ref:
+        raise BadValue(f"-g {ref} and -p exclude each other", "leave one of them out")
+    if packages:
+        return Packaged()
+    asked = {
+        name: environ[key] for key, name in reversed(_DIB_VARIABLES.items()) if environ.get(key)
+    }
+    if ref:
+        asked["ref"] = ref
+    return FromGit(**asked) if asked else Locked()
+
+
+def environment(source: AgentSource) -> dict[str, str]:
+    """The source as variables ``AMPHORA_AGENT_SOURCE`` and ``AMPHORA_AGENT_<FIELD>``."""
+    kind = next(name for name, known in _KINDS.items() if isinstance(source, known))
+    values = {field.name: getattr(source, field.name) for field in fields(source)}
+    return {"AMPHORA_AGENT_SOURCE": kind} | {
+        f"AMPHORA_AGENT_{name.upper()}": value
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+def source_from(environ: Mapping[str, str]) -> AgentSource:
+    """The inverse of `environment`; variables that are not set have the fields' defaults.
+
+    :raises BadValue: AMPHORA_AGENT_SOURCE names no kind of source.
+    """
+    kind = environ.get("AMPHORA_AGENT_SOURCE", "locked")
+    if kind not in _KINDS:
+        raise BadValue(f"AMPHORA_AGENT_SOURCE is {kind!r}; allowed are {', '.join(_KINDS)}")
+    names = {field.name: f"AMPHORA_AGENT_{field.name.upper()}" for field in fields(_KINDS[kind])}
+    return _KINDS[kind](**{name: environ[key] for name, key in names.items() if key in environ})
+
+
+def series_of(ref: str | None) -> str | None:
+    """The series of a Git ref, or None if it is not one of SERIES.
+
+    A branch like stable/2026.1 names it, a tag like 18.0.1 has its major version, and all else
+    (master, a commit, no ref) counts as the newest.
+    """
+    ref = ref or ""
+    if named := re.search(r"\b\d{4}\.[12]\b", ref):
+        return named[0] if named[0] in SERIES else None
+    if tag := re.fullmatch(r"(\d+)\.\d+(\.\w+)*", ref):
+        return next((s.name for s in SERIES.values() if s.octavia == tag[1]), None)
+    return NEWEST
+
+
+def series_for(python: str, asked: str | None = None) -> str:
+    """The series asked for, or the newest, if it accepts an image's Python, "3.10".
+
+    :raises AmphoraImageError: it does not, or none does.
+    """
+    candidates = [SERIES[lock_of(asked).stem]] if asked else list(SERIES.values())
+    for series in candidates:
+        if _numbers(python) >= _numbers(series.python):
+            return series.name
+    oldest = candidates[-1]
+    raise AmphoraImageError(
+        f"the image's Python is {python}; octavia {oldest.octavia} of series {oldest.name} "
+        f"needs {oldest.python} or newer",
+        "take a newer release of the base OS (-d)",
+    )
+
+
+def lock_of(series: str) -> Path:
+    """The lock file of a series, in pip's requirements format.
+
+    :raises BadValue: there is none.
+    """
+    if series not in SERIES:
+        raise BadValue(f"no lock for series {series!r}; there are {', '.join(SERIES)}")
+    return LOCKS / f"{series}.txt"
+
+
+def refresh_locks(
+    environ: Mapping[str, str],
+    series: Collection[str] = tuple(SERIES),
+    *,
+    constraints: str | None = None,
+    directory: Path = LOCKS,
+) -> list[Path]:
+    """Resolve each series anew and write its lock.
+
+    :param constraints: path or URL of that series' upper constraints; without it, packages other
+        than octavia and octavia-lib are the newest of the day when the series was released.
+    :raises BadValue: a series is unknown, or there are constraints for more than one.
+    """
+    if constraints and len(series) > 1:
+        raise BadValue(
+            f"constraints {constraints} for {', '.join(series)}: they belong to one series",
+            "name the series with --series",
+        )
+    return [_lock(SERIES[lock_of(name).stem], constraints, directory, environ) for name in series]
+
+
+def _lock(
+    series: Series, constraints: str | None, directory: Path, environ: Mapping[str, str]
+) -> Path:
+    # pyroute2: recent octavia imports it on an image but declares it nowhere.
+    wanted = f"octavia=={series.octavia}.*\noctavia-lib=={series.octavia_lib}.*\npyroute2\n"
+    day, origin = f"{series.released}T00:00:00Z", "upper constraints"
+    limits: list[str | Path] = ["--constraints", constraints or ""]
+    if not constraints:
+        origin = f"packages of {day}, octavia and octavia-lib of their newest stable release"
+        limits = ["--exclude-newer", day]
+        for name in ("octavia", "octavia-lib"):
+            limits += ["--exclude-newer-package", f"{name}=0 days"]
+    pins = _uv(
+        environ,
+        *("compile", "-", "--universal", "--python-version", series.python),
+        *("--generate-hashes", "--no-annotate", "--no-header", "--only-binary", ":all:"),
+        *("--excludes", LOCKS / "controller-only.txt", *limits),
+        stdin=wanted,
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    target = directory / f"{series.name}.txt"
+    partial = target.with_suffix(".partial")
+    partial.write_text(
+        f"# Made by: amphora-image lock --series {series.name}\n# From: {origin}\n{pins}"
+    )
+    return partial.replace(target)
+
+
+def install(
+    root: Path, source: AgentSource, *, architecture: str, environ: Mapping[str, str]
+) -> None:
+    """Make the agent's environment in an image's tree, and its commands in /usr/bin.
+
+    Octavia calls haproxy-vrrp-check, amphora-health-checker and amphora-interface by bare name,
+    out of keepalived and ``ip netns exec``, whose search path may be no more than /usr/bin:/bin.
+    `VERIFY` is left there for all sources; nothing else for `Packaged`.
+
+    :param root: the image's tree; its Python is that of its usr/bin/python3.
+    :param architecture: of the image, "amd64".
+    :param environ: for uv: its cache, index, proxies and certificates; DIB_OFFLINE is honoured.
+    :raises AmphoraImageError: no Python in the tree or one too old, no wheels for the
+        architecture, or uv failed.
+    """
+    home = root / HOME.lstrip("/")
+    shutil.rmtree(home, ignore_errors=True)
+    (home / "bin").mkdir(parents=True)
+    if isinstance(source, Packaged):
+        _write_command(home / "bin/check-imports", "/usr/bin/python3", _checker())
+        return
+    version = python_version(root)
+    site = home / f"lib/python{version}/site-packages"
+    with TemporaryDirectory(prefix="amphora-agent-") as scratch:
+        wanted = _requirements(source, version, Path(scratch))
+        _uv(
+            environ,
+            *("install", "--python", sys.executable, "--only-binary", ":all:", "--target", site),
+            *("--python-version", version, "--python-platform", _platform(architecture)),
+            *wanted,
+        )
+    _forget_build_host(site)
+    _lay_out(root, home, version)
+
+
+def packages(root: Path) -> dict[str, str]:
+    """Name -> version of the Python packages in the agent's environment; {} if there is none."""
+    return {dist.name: dist.version for dist in sorted(_installed(root), key=lambda d: d.name)}
+
+
+def python_version(root: Path) -> str:
+    """Version of a tree's Python, "3.13", by where its usr/bin/python3 points.
+
+    :raises AmphoraImageError: there is none.
+    """
+    python = root / "usr/bin/python3"
+    for _ in range(8):
+        if found := re.fullmatch(r"python(3\.\d+)", python.name):
+            return found[1]
+        if not python.is_symlink():
+            break
+        target = python.readlink()
+        python = root / str(target).lstrip("/") if target.is_absolute() else python.parent / target
+    raise AmphoraImageError(
+        f"no Python in the image: {root}/usr/bin/python3 does not lead to a python3.N",
+        "install python3 in the image before the agent",
+    )
+
+
+def _uv(environ: Mapping[str, str], *arguments: str | Path, stdin: str | None = None) -> str:
+    # Copies, not hard links: what happens in the image must not reach uv's cache.
+    ours = {"UV_LINK_MODE": "copy", "UV_NO_PROGRESS": "1", "UV_PYTHON_DOWNLOADS": "never"}
+    offline = {"UV_OFFLINE": "1"} if environ.get("DIB_OFFLINE") else {}
+    return run(
+        [find_uv_bin(), "pip", *arguments],
+        env={"UV_SYSTEM_CERTS": "1", **environ, **ours, **offline},
+        stdin=stdin,
+        hint="UV_DEFAULT_INDEX sets a mirror, SSL_CERT_FILE a private CA, -g the Git ref",
+    )
+
+
+def _platform(architecture: str) -> str:
+    if architecture not in PLATFORMS:
+        raise AmphoraImageError(
+            f"no agent for architecture {architecture}: its wheels are for {', '.join(PLATFORMS)}",
+            "take the distribution's agent with -p",
+        )
+    return PLATFORMS[architecture]
+
+
+def _requirements(source: Locked | FromGit, version: str, scratch: Path) -> list[str | Path]:
+    """Uv's arguments that say what to install; files that they need are made in scratch."""
+    if isinstance(source, Locked):
+        lock = lock_of(series_for(version, source.series))
+        return ["--no-deps", "--require-hashes", "--requirement", lock]
+    wanted, constraints = scratch / "requirements.txt", scratch / "constraints.txt"
+    lines = [f"octavia @ {_git(source.repository, source.ref)}", "pyroute2"]
+    if source.lib_ref or source.lib_repository:
+        same = (source.ref or "").startswith(("stable/", "unmaintained/"))
+        lib = _git(
+            source.lib_repository or LIB_REPOSITORY,
+            source.lib_ref or (source.ref if same else None),
+        )
+        lines.append(f"octavia-lib @ {lib}")
+    wanted.write_text("\n".join(lines))
+    ours = {line.split()[0] for line in lines} - {"pyroute2"}
+    constraints.write_text(without(_constraints(source), ours))
+    built = [word for name in BUILT for word in ("--no-binary", name)]
+    return ["--requirement", wanted, "--constraints", constraints, *built]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
+
+
+def _git(location: str, ref: str | None) -> str:
+    """A location as a PEP 508 URL."""
+    if "://" not in location:
+        if not Path(location).is_dir():
+            raise BadValue(f"no repository {location!r}; allowed are a URL and a directory")
+        location = Path(location).resolve().as_uri()
+    return f"git+{location}@{ref}" if ref else f"git+{location}"
+
+
+def _constraints(source: FromGit) -> str:
+    if not source.constraints:
+        if series := series_of(source.ref):
+            return lock_of(series).read_text()
+        raise BadValue(
+            f"no constraints are known for {source.ref}; the series are {', '.join(SERIES)}",
+            "name that series' constraints file in DIB_REPOLOCATION_upper_constraints",
+        )
+    try:
+        if source.constraints.startswith(("https://", "http://", "file://")):
+            with urlopen(source.constraints, timeout=60) as answer:  # noqa: S310
+                return str(answer.read().decode())
+        return Path(source.constraints).read_text()
+    except OSError as error:
+        raise AmphoraImageError(f"cannot read constraints {source.constraints}: {error}") from error
+
+
+def without(requirements: str, names: Collection[str]) -> str:
+    """Requirements-format text without the entries (and their hashes) of these packages."""
+    entries = re.sub(r"\\\n\s*", "", requirements).splitlines()
+    return "\n".join(e for e in entries if re.split(r"[^\w.-]", e)[0].lower() not in names)
+
+
+def _forget_build_host(site: Path) -> None:
+    """Take away uv's traces, scripts for the host's Python, and tests, which nothing imports."""
+    for path in (site / "bin", site / "share", *site.rglob("tests")):
+        shutil.rmtree(path, ignore_errors=True)
+    for name in ("direct_url.json", "uv_build.json", "uv_cache.json"):
+        for path in site.glob(f"*.dist-info/{name}"):
+            path.unlink()
+    (site / ".lock").unlink(missing_ok=True)
+
+
+def _lay_out(root: Path, home: Path, version: str) -> None:
+    """Turn the installed packages into a virtual environment (PEP 405) with Octavia's commands."""
+    python = f"{HOME}/bin/python3"
+    (home / "pyvenv.cfg").write_text(
+        f"home = /usr/bin\ninclude-system-site-packages = false\nversion = {version}\n"
+    )
+    (home / "bin/python3").symlink_to("/usr/bin/python3")
+    _write_command(home / "bin/check-imports", python, _checker())
+    octavia = next((dist for dist in _installed(root) if dist.name == "octavia"), None)
+    points = octavia.entry_points.select(group="console_scripts") if octavia else ()
+    for point in (point for point in points if point.name in COMMANDS):
+        text = f"import sys\n\nfrom {point.module} import main\n\nsys.exit(main())\n"
+        _write_command(home / "bin" / point.name, python, text)
+        link = root / "usr/bin" / point.name
+        link.unlink(missing_ok=True)
+        link.symlink_to(f"{HOME}/bin/{point.name}")
+
+
+def _checker() -> str:
+    return (LOCKS / "check_imports.py").read_text()
+
+
+def _write_command(path: Path, python: str, text: str) -> None:
+    path.write_text(f"#!{python}\n{text}")
+    path.chmod(0o755)
+
+
+def _installed(root: Path) -> list[Distribution]:
+    sites = root.glob(f"{HOME.lstrip('/')}/lib/python3*/site-packages")
+    return list(distributions(path=[str(site) for site in sites]))
+
+
+def main(argv: list[str]) -> int:
+    """``python -m amphora_image.agent install ROOT``, for an element's extra-data.d script.
+
+    The source is in AMPHORA_AGENT_*, the architecture in diskimage-builder's ARCH.
+    """
+    if argv[:1] != ["install"] or len(argv) != 2:
+        print("usage: python -m amphora_image.agent install ROOT", file=sys.stderr)
+        return BadValue.exit_code
+    os.umask(0o022)  # keepalived may run its checks as a user other than root
+    environ, root = dict(os.environ), Path(argv[1])
+    try:
+        source = source_from(environ)
+        install(root, source, architecture=environ.get("ARCH", "amd64"), environ=environ)
+    except AmphoraImageError as error:
+        print(
+            f"error: {error}",
+            f"hint: {error.hint}" if error.hint else "",
+            file=sys.stderr,
+            sep="\n",
+        )
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

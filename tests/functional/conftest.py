@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What functional tests share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny import Elements, Scene, make_elements
+
+
+@pytest.fixture(scope="session")
+def tiny_elements(tmp_path_factory: pytest.TempPathFactory) -> Elements:
+    """The tests' elements and their tiny operating system."""
+    return make_elements(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def scene(tmp_path: Path, tiny_elements: Elements) -> Iterator[Scene]:
+    """A directory for builds; nothing of them outlives the test."""
+    here = Scene(tmp_path, tiny_elements)
+    yield here
+    here.clear()
+
+
+@pytest.fixture(scope="session")
+def debian_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Debian amphora as the README's command builds it, a qcow2 file; its tar file is beside it.
+
+    AMPHORA_TEST_IMAGE names one that was built before: for work on the tests themselves.
+    """
+    if ready := os.environ.get("AMPHORA_TEST_IMAGE"):
+        return Path(ready)
+    directory = tmp_path_factory.mktemp("debian")
+    command = Path(__file__).parents[2] / "diskimage-create.sh"
+    subprocess.run([command, "-i", "debian", "-t", "qcow2,tar"], cwd=directory, check=True)
+    return directory / "amphora-x64-haproxy.qcow2"

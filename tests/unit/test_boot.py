@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The boot proof's pure parts: QEMU's arguments, the config drive, the log's lines that matter."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from amphora_image import boot
+from amphora_image.errors import BadValue, BootFailed, HostError
+
+
+class FakeProcess:
+    """A process that runs until it is told its status."""
+
+    returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """The status, or None while it runs."""
+        return self.returncode
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> boot.Machine:
+    """A machine that was just switched on and has said nothing."""
+    process: object = FakeProcess()
+    return boot.Machine(process, tmp_path / "qmp.sock", tmp_path / "serial.log")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "disk_format"), [("a.qcow2", "qcow2"), ("a.raw", "raw"), ("a.vhd", "vpc")]
+)
+def test_image_is_opened_by_its_format_and_never_written(name: str, disk_format: str) -> None:
+    """The suffix names QEMU's format, and writes go to a throw-away overlay."""
+    argv = boot.qemu_argv(Path("/images", name), "tcg")
+    (drive,) = (word for word in argv if word.startswith("id=disk"))
+    assert f",file=/images/{name},format={disk_format}," in drive
+    assert drive.endswith(",snapshot=on")
+
+
+def test_comma_in_a_path_is_escaped() -> None:
+    """A comma in the image's path does not end the value; spaces and quotes need nothing."""
+    argv = boot.qemu_argv(Path("/im, 'ages/ä.raw"), "tcg")
+    assert any("file=/im,, 'ages/ä.raw,format=raw" in word for word in argv)
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.img", "a"])
+def test_unknown_format_is_a_bad_value(name: str) -> None:
+    """A file that is no disk image is refused by its suffix, with the known ones named."""
+    with pytest.raises(BadValue, match=rf"{name} .*\.qcow2, \.raw, \.vhd"):
+        boot.qemu_argv(Path("/images", name), "tcg")
+
+
+def test_config_drive_is_laid_out_as_by_nova() -> None:
+    """Each injected file is a numbered content that the metadata gives a path to."""
+    drive = boot.config_drive("an-id", {"/etc/b": "B", "/etc/a": "A"}, "#cloud-config\n")
+    metadata = json.loads(drive["openstack/latest/meta_data.json"])
+    network = json.loads(drive["openstack/latest/network_data.json"])
+    assert metadata["uuid"] == "an-id"
+    assert metadata["files"] == [
+        {"path": "/etc/b", "content_path": "/content/0000"},
+        {"path": "/etc/a", "content_path": "/content/0001"},
+    ]
+    assert (drive["openstack/content/0000"], drive["openstack/content/0001"]) == ("B", "A")
+    assert drive["openstack/latest/user_data"] == "#cloud-config\n"
+    assert network["links"][0]["ethernet_mac_address"] == boot.MANAGEMENT_MAC
+    assert network["networks"][0]["type"] == "ipv4_dhcp"
+
+
+def test_what_matters_keeps_trouble_and_the_end() -> None:
+    """Failures, whole tracebacks and the last lines stay; the rest goes."""
+    lines = [
+        *(f"[  OK  ] Reached target number {number}." for number in range(50)),
+        "[FAILED] Failed to start amphora-agent.service - amphora agent.",
+        *(f"[  OK  ] Reached target number {number}." for number in range(50, 100)),
+        "[   12.3] python3[345]: Traceback (most recent call last):",
+        '[   12.3] python3[345]:   File "a.py", line 1, in <module>',
+        "[   12.3] python3[345]: octavia.common.Odd: what now",
+        *(f"[  OK  ] Reached target number {number}." for number in range(100, 150)),
+    ]
+    assert boot.what_matters(lines, count=12) == [lines[50], *lines[101:104], *lines[-4:]]
+
+
+def test_what_matters_is_bounded() -> None:
+    """However much went wrong, only the last lines are shown."""
+    lines = [f"error {number}" for number in range(1000)]
+    assert boot.what_matters(lines) == lines[-30:]
+
+
+@pytest.mark.parametrize(
+    ("milestone", "line", "shows"),
+    [
+        ("kernel starts", "[    0.000000] Linux version 6.12.1 (gcc-14)", True),
+        ("kernel starts", "Loading Linux 6.12.1 ...", False),
+        ("systemd starts", "Welcome to Debian GNU/Linux 13 (trixie)!", True),
+        ("systemd starts", "[ 1.5] systemd[1]: systemd 257 running in system mode (+PAM)", True),
+        ("systemd starts", "Welcome to GRUB!", False),
+    ],
+)
+def test_serial_milestones(milestone: str, line: str, shows: bool) -> None:
+    """Each milestone of the serial console is told from the lines around it."""
+    assert (boot.SERIAL_MILESTONES[milestone].search(line) is not None) is shows
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "No bootable device.",
+        "Entering rescue mode...",
+        "[    2.1] Kernel panic - not syncing: VFS: Unable to mount root fs",
+        "ALERT!  UUID=1 does not exist.  Dropping to a shell!",
+        "You are in emergency mode. After logging in, type ...",
+    ],
+)
+def test_fatal_line_ends_the_wait(machine: boot.Machine, line: str) -> None:
+    """A machine that has given up is not waited for, and its words are in the message."""
+    machine.lines.append((1.0, line))
+    with pytest.raises(BootFailed, match="the machine stopped; missing: the agent") as failure:
+        machine.wait("the agent", lambda: None, timeout=60)
+    assert line in str(failure.value)
+    assert str(machine.log) in (failure.value.hint or "")
+
+
+def test_ended_machine_is_not_waited_for(machine: boot.Machine) -> None:
+    """When QEMU ends, the wait ends and tells its status."""
+    machine.process.returncode = 1
+    with pytest.raises(BootFailed, match="QEMU ended with 1; missing: the agent"):
+        machine.wait("the agent", lambda: None, timeout=60)
+
+
+def test_wait_is_bounded_and_tells_the_last_error(machine: boot.Machine) -> None:
+    """The time limit ends the wait, and the last error says what was in the way."""
+
+    def attempt() -> None:
+        raise ConnectionResetError("reset by peer")
+
+    with pytest.raises(BootFailed, match=r"still missing: the agent \(reset by peer\)"):
+        machine.wait("the agent", attempt, timeout=0.05)
+
+
+def test_wait_returns_what_the_attempt_returns(machine: boot.Machine) -> None:
+    """None is not yet; anything else, False too, is the result."""
+    results = iter([None, False])
+    assert machine.wait("an answer", lambda: next(results), timeout=60) is False
+
+
+def test_missing_program_is_a_host_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host without QEMU is told which package to install, before anything is started."""
+    monkeypatch.setattr("shutil.which", lambda program: None)
+    image = tmp_path / "a.qcow2"
+    image.touch()
+    with (
+        pytest.raises(HostError, match="genisoimage is not installed") as failure,
+        boot.power_on(image, {}, accelerator="tcg", log=tmp_path / "log"),
+    ):
+        pass
+    assert failure.value.hint == "install the package genisoimage"
+
+
+def test_missing_image_is_a_bad_value(tmp_path: Path) -> None:
+    """An image that is not there is named."""
+    with (
+        pytest.raises(BadValue, match=r"none\.qcow2"),
+        boot.power_on(tmp_path / "none.qcow2", {}, accelerator="tcg", log=tmp_path / "log"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("lines", "accelerator"),
+    [
+        ([(1.0, "Linux version 6.12.1"), (2.0, "Welcome to Debian!")], "kvm"),
+        ([(1.0, "Linux version 6.12.1")], "tcg"),
+        ([(1.0, "KVM internal error. Suberror: 1")], "tcg"),
+    ],
+)
+def test_kvm_is_taken_only_if_systemd_starts_under_it(
+    machine: boot.Machine,
+    monkeypatch: pytest.MonkeyPatch,
+    lines: list[tuple[float, str]],
+    accelerator: str,
+) -> None:
+    """A kernel that starts under KVM and then hangs is not enough."""
+
+    @contextlib.contextmanager
+    def power_on(
+        image: Path, drive: Mapping[str, str], *, accelerator: str, log: Path
+    ) -> Iterator[boot.Machine]:
+        assert accelerator == "kvm"
+        machine.lines.extend(lines)
+        yield machine
+
+    monkeypatch.setattr(boot, "power_on", power_on)
+    monkeypatch.setattr(boot, "KVM_PATIENCE", 0.05)
+    monkeypatch.setattr("os.access", lambda path, mode: True)
+    assert boot.choose_accelerator(Path("/a.qcow2")) == accelerator
+
+
+def test_tcg_where_there_is_no_kvm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without access to the device nothing is tried."""
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert boot.choose_accelerator(Path("/a.qcow2")) == "tcg"
+
+
+@pytest.mark.parametrize("wanted", ["kvm", "tcg"])
+def test_accelerator_can_be_forced(wanted: str) -> None:
+    """What the user asks for is not tried first."""
+    assert boot.choose_accelerator(Path("/a.qcow2"), wanted) == wanted
+
+
+def test_unknown_accelerator_is_a_bad_value() -> None:
+    """An accelerator that we do not know is refused, with the known ones named."""
+    with pytest.raises(BadValue, match="'xen' is none of auto, kvm, tcg"):
+        boot.choose_accelerator(Path("/a.qcow2"), "xen")
+
+
+def test_report_is_a_table_and_json() -> None:
+    """The report shows every milestone, seen or not, and its JSON holds the same."""
+    milestones = {"kernel starts": None, "agent answers": 40.25}
+    report = boot.Report("a.qcow2", "tcg", milestones, {"api_version": "1.0"}, "a.log")
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(report)
+    shown = capture.get()
+    assert all(text in shown for text in ("not seen", "40.2", "api_version 1.0", "under tcg"))
+    assert json.loads(report.json())["milestones"] == milestones

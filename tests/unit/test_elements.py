@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The elements as files: what diskimage-builder and its lint want of them, without starting either."""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from amphora_image import plan
+
+ELEMENTS = sorted(path for path in plan.ELEMENTS.iterdir() if path.is_dir())
+#: Directories of an element whose scripts diskimage-builder runs, by their names' ending.
+HOOKS = sorted(
+    path
+    for element in ELEMENTS
+    for path in element.glob("*.d/*")
+    if path.parent.name != "environment.d"
+)
+PROGRAMS = sorted(
+    path
+    for element in ELEMENTS
+    for path in element.rglob("*")
+    if path.is_file() and path.read_bytes().startswith(b"#!")
+)
+UNITS = sorted(
+    path
+    for element in ELEMENTS
+    for path in element.glob("static/**/systemd/system/**/*")
+    if path.is_file()
+)
+PACKAGE_LISTS = [path for e in ELEMENTS if (path := e / "package-installs.yaml").exists()]
+PACKAGE_MAPS = [path for e in ELEMENTS if (path := e / "pkg-map").exists()]
+
+#: Variables that the plan sets for every build, so that a package may depend on them.
+ALWAYS_SET = {"AMPHORA_AGENT_FROM_PACKAGES", "DIB_OCTAVIA_AMP_USE_NFTABLES"}
+
+TRACE = 'if [ "${DIB_DEBUG_TRACE:-0}" -gt 0 ]; then\n    set -x\nfi\n'
+STRICT = "set -eu\nset -o pipefail\n"
+
+
+def name(path: Path) -> str:
+    """Return the path below the elements, as the name of a test."""
+    return str(path.relative_to(plan.ELEMENTS))
+
+
+def static(path: Path) -> Path:
+    """Return the path in the image of a file in an element's static tree."""
+    parts = path.relative_to(plan.ELEMENTS).parts
+    return Path("/", *parts[parts.index("static") + 1 :])
+
+
+def in_image(path: str) -> bool:
+    """Tell whether an element puts this absolute path into the image."""
+    return any((element / "static" / path.lstrip("/")).exists() for element in ELEMENTS)
+
+
+@pytest.mark.parametrize("element", ELEMENTS, ids=name)
+def test_readme_has_the_elements_name_as_title(element: Path) -> None:
+    """A reader finds each element by its name, underlined."""
+    title, underline = (element / "README.rst").read_text().splitlines()[:2]
+    assert title == element.name
+    assert underline == "=" * len(title)
+
+
+@pytest.mark.parametrize("element", ELEMENTS, ids=name)
+def test_readme_speaks_of_variables_that_are_read(element: Path) -> None:
+    """A variable defined in a README is read by the element, by its packages or by the build."""
+    readme = (element / "README.rst").read_text()
+    files = [path for path in element.rglob("*") if path.is_file() and path.name != "README.rst"]
+    read = "\n".join(path.read_text() for path in files)
+    source = "\n".join(path.read_text() for path in plan.ELEMENTS.parent.glob("*.py"))
+    for variable in re.findall(r"^``([A-Z][A-Za-z_]+)``$", readme, re.MULTILINE):
+        assert variable in read + source
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=name)
+def test_programs_are_executable(program: Path) -> None:
+    """What begins with a shebang is run by diskimage-builder or by the image."""
+    assert program.stat().st_mode & stat.S_IXUSR
+
+
+@pytest.mark.parametrize("hook", HOOKS, ids=name)
+def test_hooks_are_strict_bash(hook: Path) -> None:
+    """Each hook says its licence and purpose, traces if asked, and stops at the first error."""
+    text = hook.read_text()
+    assert text.startswith("#!/bin/bash\n# SPDX-License-Identifier: Apache-2.0\n# ")
+    assert STRICT in text
+    if "dib-lint: disable=dibdebugtrace" not in text:
+        assert TRACE + STRICT in text
+
+
+def test_only_the_secret_hook_is_never_traced() -> None:
+    """The password's hook turns tracing off, and no other hook keeps itself out of a trace."""
+    untraced = [name(hook) for hook in HOOKS if TRACE not in hook.read_text()]
+    assert untraced == ["amphora-root-password/extra-data.d/60-amphora-root-password"]
+    text = (plan.ELEMENTS / untraced[0]).read_text()
+    assert "set -x" not in text
+    assert "\nset +x\n" in text
+
+
+@pytest.mark.parametrize("hook", HOOKS, ids=name)
+def test_hooks_have_names_that_are_run(hook: Path) -> None:
+    """dib-run-parts passes over other names; the element's name keeps them apart from DIB's."""
+    assert re.fullmatch(r"[0-9]{2}-amphora[0-9A-Za-z_-]*", hook.name)
+
+
+def test_no_file_is_carried_by_two_elements() -> None:
+    """Hooks and static trees of all elements are merged: a second file would win or stop the build."""
+    files = Counter(
+        path.relative_to(element)
+        for element in ELEMENTS
+        for directory in element.iterdir()
+        if directory.is_dir()
+        for path in directory.rglob("*")
+        if path.is_file()
+    )
+    assert [str(path) for path, count in files.items() if count > 1] == []
+
+
+@pytest.mark.parametrize("packages", PACKAGE_LISTS, ids=name)
+def test_package_lists_parse(packages: Path) -> None:
+    """Every package depends at most on variables that the plan always sets."""
+    for options in yaml.safe_load(packages.read_text()).values():
+        if options and "when" in options:
+            match = re.fullmatch(r"(\w+) !?= \S+", options["when"])
+            assert match is not None
+            assert match[1] in ALWAYS_SET
+
+
+@pytest.mark.parametrize("mapping", PACKAGE_MAPS, ids=name)
+def test_package_maps_rename_what_is_listed(mapping: Path) -> None:
+    """A pkg-map has diskimage-builder's four levels and no name that nothing asks for."""
+    levels = json.loads(mapping.read_text())
+    assert set(levels) <= {"release", "distro", "family", "default"}
+    listed = set(yaml.safe_load(mapping.with_name("package-installs.yaml").read_text()))
+    families = [*levels.get("family", {}).values(), *levels.get("distro", {}).values()]
+    families += [levels.get("default", {})]
+    families += [
+        names for distro in levels.get("release", {}).values() for names in distro.values()
+    ]
+    for names in families:
+        assert set(names) <= listed
+
+
+@pytest.mark.parametrize("element", ELEMENTS, ids=name)
+def test_dependencies_are_named(element: Path) -> None:
+    """What an element uses of others it depends on, in the order that dib-lint wants."""
+    deps_file = element / "element-deps"
+    deps = deps_file.read_text().split() if deps_file.exists() else []
+    assert deps == sorted(set(deps))
+    for directory, wanted in [
+        ("static", "amphora-static"),
+        ("package-installs.yaml", "package-installs"),
+        ("pkg-map", "pkg-map"),
+    ]:
+        if (element / directory).exists() and element.name not in {"amphora-disk"}:
+            assert wanted in deps
+
+
+def test_the_plans_elements_exist() -> None:
+    """The plan names no element of ours that is not here."""
+    rows = {element for element, _ in plan.ELEMENT_ROWS}
+    assert rows <= {element.name for element in ELEMENTS}
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=name)
+def test_units_call_programs_by_path(unit: Path) -> None:
+    """Our own programs in a unit are in some element's static tree, with the path that is called."""
+    for program in re.findall(r"^Exec\w+=[-+!@:]*(\S+)", unit.read_text(), re.MULTILINE):
+        assert program.startswith("/")
+        if program.startswith("/usr/local/"):
+            assert in_image(program)
+
+
+def test_masked_units_are_not_our_own() -> None:
+    """A hook that masks or disables a unit means the distribution's."""
+    ours = {unit.name for unit in UNITS if ".d" not in unit.parent.suffix}
+    for hook in HOOKS:
+        for line in re.findall(r"systemctl (?:mask|disable) (.*)", hook.read_text()):
+            assert not ours & set(line.split())
+
+
+def test_enabled_units_are_installed() -> None:
+    """Each of our units with an [Install] section is enabled by a hook of its element."""
+    for unit in UNITS:
+        if "[Install]" in unit.read_text():
+            element = plan.ELEMENTS / unit.relative_to(plan.ELEMENTS).parts[0]
+            hooks = "".join(hook.read_text() for hook in HOOKS if element in hook.parents)
+            assert re.search(rf"systemctl enable .*\b{re.escape(unit.name)}", hooks), unit.name
+
+
+def test_agent_waits_for_its_files() -> None:
+    """The agent's unit is skipped until the configuration and both certificates are there."""
+    unit = plan.ELEMENTS / "amphora-agent/static/usr/lib/systemd/system/amphora-agent.service"
+    assert re.findall(r"^ConditionPathExists=(.*)$", unit.read_text(), re.MULTILINE) == [
+        "/etc/octavia/amphora-agent.conf",
+        "/etc/octavia/certs/server.pem",
+        "/etc/octavia/certs/client_ca.pem",
+    ]
+
+
+def test_agent_is_tried_after_each_stage_of_cloud_init() -> None:
+    """Files come at cloud-init's local stage or at its network stage, which has had two names."""
+    for stage in ("cloud-init-local", "cloud-init-network", "cloud-init"):
+        drop_in = f"static/usr/lib/systemd/system/{stage}.service.d/amphora-agent.conf"
+        text = (plan.ELEMENTS / "amphora-agent" / drop_in).read_text()
+        assert "ExecStartPost=-/bin/systemctl --no-block start amphora-agent.service\n" in text
+
+
+def test_certificates_are_mounted_before_cloud_init_writes() -> None:
+    """cloud-init's local stage comes after the RAM disk, and not at all without it."""
+    element = plan.ELEMENTS / "amphora-certificates"
+    unit = (element / "static/usr/lib/systemd/system/amphora-certificates.service").read_text()
+    assert re.search(r"^Before=.*\bcloud-init-local\.service\b", unit, re.MULTILINE)
+    assert "RequiredBy=cloud-init-local.service\n" in unit
+    script = (element / "static/usr/local/lib/amphora/certificates").read_text()
+    for directory in ("/etc/octavia/certs", "/var/lib/octavia/certs", "/var/lib/cloud"):
+        assert directory in script
+
+
+def test_sysctl_keys_are_set_once() -> None:
+    """A key that is set twice hides one of its two reasons."""
+    conf = plan.ELEMENTS / "amphora-sysctl/static/etc/sysctl.d/90-amphora.conf"
+    keys = re.findall(r"^([a-z0-9_.]+) = \S", conf.read_text(), re.MULTILINE)
+    assert len(keys) > 30
+    assert len(keys) == len(set(keys))
+
+
+def test_no_archive_is_named() -> None:
+    """No element names a package archive's host: mirrors are the build's business."""
+    pattern = re.compile(r"\b(deb\.debian|archive\.ubuntu|security\.ubuntu|pypi)\.org|ubuntu\.com")
+    for element in ELEMENTS:
+        for path in element.rglob("*"):
+            assert not (path.is_file() and pattern.search(path.read_text())), path
