@@ -7,8 +7,9 @@ import argparse
 import json
 import os
 import platform
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
@@ -37,9 +38,9 @@ from amphora_image.request import (
 
 EPILOG = """\
 examples:
-  %(prog)s                                  Ubuntu, amphora-x64-haproxy.qcow2, 5 GB
-  %(prog)s -i debian -s 2                   for a flavor with a disk of 2 GB
-  %(prog)s -i debian -t qcow2,raw -o lb     lb.qcow2 and lb.raw from one build
+  %(prog)s                   Ubuntu, amphora-x64-haproxy.qcow2, 5 GB
+  %(prog)s -i debian -s 2    for a flavor with a disk of 2 GB
+  %(prog)s -t raw,vhd -o lb  lb.raw and lb.vhd from one build
   BASE_OS_MIRROR=http://mirror.example.org/ubuntu %(prog)s
 
 Variables of the environment and exit codes: docs/reference.rst
@@ -164,9 +165,34 @@ def read_environment(env: Mapping[str, str]) -> Environment:
 
 def _url(env: Mapping[str, str], name: str) -> str | None:
     value = env.get(name)
-    if value and not value.startswith(("http://", "https://", "file:///")):
+    if value and not re.fullmatch(r"(https?|file)://[!-~]+", value):
         raise BadValue(f"{name} is {value!r}; allowed are http, https and file URLs")
     return value or None
+
+
+def _path(what: str, value: str) -> Path:
+    try:
+        return Path.cwd() / Path(value).expanduser()
+    except RuntimeError:
+        raise BadValue(f"{what} is {value!r}; there is no such user") from None
+
+
+def _directory(what: str, value: str) -> Path:
+    """Return a path that is a directory, or at which one can be made."""
+    path = _path(what, value)
+    existing = next(place for place in (path, *path.parents) if place.exists())
+    if not existing.is_dir():
+        raise BadValue(f"{what} is {value!r}; allowed is a directory, which {existing} is not")
+    return path
+
+
+def _file(what: str, value: str) -> Path:
+    """Return a path that is a file, or at which one can be made."""
+    path = _path(what, value)
+    if path.is_dir():
+        raise BadValue(f"{what} is {value!r}; allowed is the name of a file")
+    _directory(what, str(path.parent))
+    return path
 
 
 def read_request(args: argparse.Namespace, env: Mapping[str, str], machine: str) -> Request:
@@ -175,7 +201,9 @@ def read_request(args: argparse.Namespace, env: Mapping[str, str], machine: str)
     :param machine: the host's machine name, see :manpage:`uname(2)`.
     :raises BadValue: a value is not allowed.
     """
-    here = Path.cwd()
+    for option, value in vars(args).items():
+        if value == "":
+            raise BadValue(f"--{option.replace('_', '-')} is ''; leave it out or give it a value")
     architecture = (
         choice(Architecture, "-a (architecture)", args.architecture)
         if args.architecture
@@ -183,7 +211,6 @@ def read_request(args: argparse.Namespace, env: Mapping[str, str], machine: str)
     )
     base_os = choice(BaseOS, "-i (base OS)", args.base_os)
     types = image_types(args.image_type)
-    cache_dir = args.cache_dir or env.get("DIB_IMAGE_CACHE") or "~/.cache/image-create"
     use_sshd = _flag(env, "DIB_OCTAVIA_AMP_USE_SSH", default=True)
     return Request(
         architecture=architecture,
@@ -193,11 +220,11 @@ def read_request(args: argparse.Namespace, env: Mapping[str, str], machine: str)
         agent=agent.choose(env, ref=args.agent_ref, packages=args.agent_packages),
         image_types=types,
         size=size_in_gib(args.size),
-        output=output_path(args.output, types, here),
-        working_dir=here / Path(args.working_dir).expanduser(),
-        cache_dir=here / Path(cache_dir).expanduser(),
+        output=_output(args.output, types),
+        working_dir=_directory("-w (working directory)", args.working_dir),
+        cache_dir=_cache_dir(args.cache_dir, env),
         kernel=args.kernel,
-        log_file=here / Path(args.log_file).expanduser() if args.log_file else None,
+        log_file=_file("-l (log file)", args.log_file) if args.log_file else None,
         root_password=_root_password(args.root_password),
         mandatory_access=args.mandatory_access_control,
         on_disk=args.on_disk or _flag(env, "DIB_NO_TMPFS", default=False),
@@ -208,6 +235,19 @@ def read_request(args: argparse.Namespace, env: Mapping[str, str], machine: str)
         offline=args.offline or bool(env.get("DIB_OFFLINE")),
         environment=read_environment(env),
     )
+
+
+def _output(value: str, types: Iterable[ImageType]) -> Path:
+    output = output_path(value, types, Path.cwd())
+    for kind in types:
+        _file("-o (output)", f"{output}.{kind}")
+    return output
+
+
+def _cache_dir(value: str | None, env: Mapping[str, str]) -> Path:
+    if not value and (given := env.get("DIB_IMAGE_CACHE")):
+        return _directory("DIB_IMAGE_CACHE", given)
+    return _directory("-c (cache directory)", value or "~/.cache/image-create")
 
 
 def _root_password(value: str | None) -> str | None:
@@ -265,11 +305,11 @@ def _guarded(work: Callable[[], None]) -> int:
         return 1
     except KeyboardInterrupt:
         return Interrupted(2).exit_code
-    except AmphoraImageError as error:
+    except (AmphoraImageError, OSError) as error:
         console.print(Text("error: ", "red") + Text(str(error), ""), highlight=False)
-        if error.hint:
-            console.print(Text("hint: ", "yellow") + Text(error.hint, ""), highlight=False)
-        return error.exit_code
+        if hint := getattr(error, "hint", None):
+            console.print(Text("hint: ", "yellow") + Text(hint, ""), highlight=False)
+        return int(getattr(error, "exit_code", AmphoraImageError.exit_code))
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ TOOLS: Mapping[str, str] = {
     "tar": "tar",
     "unshare": "util-linux",
 }
-APT_TOOLS: Mapping[str, str] = {"mmdebstrap": "mmdebstrap", "gpgv": "gpgv"}
+APT_TOOLS: Mapping[str, str] = {"gpgv": "gpgv", "mmdebstrap": "mmdebstrap", "zstd": "zstd"}
 
 #: Where the packages of the distributions put the keys of their archives.
 KEYRINGS: Mapping[BaseOS, tuple[str, Path]] = {
@@ -58,6 +59,9 @@ MACHINES: Mapping[str, Architecture] = {
     "aarch64": Architecture.ARM64,
     "ppc64le": Architecture.PPC64LE,
 }
+
+#: Architectures whose firmware is a BIOS, for which ``amphora-disk`` has a boot loader.
+BIOS_ARCHITECTURES = frozenset({Architecture.AMD64, Architecture.I386})
 
 
 @dataclass(frozen=True)
@@ -86,9 +90,10 @@ def look() -> Host:
     """Return what this machine is. Starts apt-get where there is one; needs no privilege."""
     release = platform.freedesktop_os_release() if Path("/etc/os-release").exists() else {}
     name = release.get("ID", "")
+    base_os = BaseOS(name) if name in set(BaseOS) else None
     return Host(
-        base_os=BaseOS(name) if name in set(BaseOS) else None,
-        mirrors=_own_mirrors(release.get("VERSION_CODENAME", "")),
+        base_os=base_os,
+        mirrors=_own_mirrors(base_os, release.get("VERSION_CODENAME", "")),
         keyrings={base_os: path for base_os, (_, path) in KEYRINGS.items() if path.exists()},
     )
 
@@ -98,8 +103,8 @@ def default_architecture(machine: str) -> Architecture:
     return MACHINES.get(machine, Architecture.AMD64)
 
 
-def _own_mirrors(codename: str) -> Mirrors | None:
-    if not codename or not shutil.which("apt-get"):
+def _own_mirrors(base_os: BaseOS | None, codename: str) -> Mirrors | None:
+    if not base_os or not codename or not shutil.which("apt-get"):
         return None
     try:
         targets = run(
@@ -107,26 +112,30 @@ def _own_mirrors(codename: str) -> Mirrors | None:
                 "apt-get",
                 "indextargets",
                 "--format",
-                "$(CODENAME) $(REPO_URI)",
+                "$(CODENAME)|$(SUITE)|$(REPO_URI)|$(ORIGIN)",
                 "Created-By: Packages",
             ]
         )
     except AmphoraImageError:
         return None
-    return mirrors_of(codename, targets)
+    return mirrors_of(base_os, codename, targets)
 
 
-def mirrors_of(codename: str, targets: str) -> Mirrors | None:
+def mirrors_of(base_os: BaseOS, codename: str, targets: str) -> Mirrors | None:
     """Return the mirrors of a release among apt's index targets.
 
-    :param targets: lines of a suite's name and its archive's URL.
+    :param targets: lines ``code name|suite|URL|origin``, as the archives' Release files say.
     """
-    urls: dict[str, str] = {}
-    for line in targets.splitlines():
-        suite, _, url = line.partition(" ")
-        # Only what the build can use as it is: no file:, cdrom: or mirror+file: sources.
-        if url.startswith(("http://", "https://")):
-            urls.setdefault(suite, url)
+    by_codename: dict[str, str] = {}
+    by_suite: dict[str, str] = {}
+    # Only the base OS's own archives, and only what the build can use as it is: no file:, cdrom:
+    # or mirror+file: sources.
+    own = rf"(.*?)\|(.*?)\|(https?://.*)\|{base_os}"
+    for found in re.finditer(rf"^{own}$", targets, re.MULTILINE | re.IGNORECASE):
+        by_codename.setdefault(found[1], found[3])
+        by_suite.setdefault(found[2], found[3])
+    # Ubuntu's suites all have the release as their code name, so there the suite tells.
+    urls = by_codename | by_suite
     archive = urls.get(codename)
     return Mirrors(archive, urls.get(f"{codename}-security")) if archive else None
 
@@ -141,6 +150,7 @@ def require(request: Request) -> None:
         raise HostError("building an image needs root", hint="run the same command with sudo")
     _require_tools({**TOOLS, **(APT_TOOLS if request.debian_family else {})})
     _require_keyring(request)
+    _require_architecture(request.architecture, platform.machine())
     _require_namespaces()
     _require_loop_devices()
     if request.on_disk:
@@ -175,6 +185,16 @@ def _require_keyring(request: Request) -> None:
             f"the keys of {request.base_os}'s archive are missing: {path}",
             hint=f"install the package {package}, or set DIB_APT_KEYRING to a file with the keys",
         )
+
+
+def _require_architecture(wanted: Architecture, machine: str) -> None:
+    if wanted not in BIOS_ARCHITECTURES:
+        raise HostError(
+            f"images for {wanted} can be planned, not built: boot loaders are there for "
+            + ", ".join(sorted(BIOS_ARCHITECTURES))
+        )
+    if default_architecture(machine) not in BIOS_ARCHITECTURES:
+        raise HostError(f"images for {wanted} cannot be built on {machine}")
 
 
 def _require_namespaces() -> None:

@@ -37,7 +37,7 @@ _DOING = re.compile(r"^(Setting up|Unpacking|Get:\d+|Selecting|I: |Prepared|Inst
 _NOISE = re.compile(
     r"^\s*$|^\+|^dib-run-parts|^(Setting up|Unpacking|Selecting|Preparing to|Get:|Hit:|Ign:)"
     r"|^(Reading|Building|Fetched|Copying hooks|\(Reading)|^Unmount |^Killing chroot"
-    r"|^rm: |^umount|profiledir|^removed |exec_sudo"
+    r"|^rm: |^umount|profiledir|^removed |exec_sudo|^INFO diskimage_builder"
 )
 
 #: What a known line of the log means for the user, the first that fits.

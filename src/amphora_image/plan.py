@@ -26,22 +26,21 @@ SECRET = "***"  # noqa: S105  # what is shown in its place
 class Distribution:
     """What differs by base OS.
 
-    :ivar elements: those that make the root file system and its disk.
+    :ivar base: the element that makes the root file system.
     :ivar kernels: architecture -> the kernel's package.
     :ivar components: of the apt archive.
     """
 
-    elements: tuple[str, ...]
+    base: str
     kernels: Mapping[Architecture, str]
     components: str = ""
 
 
 _RPM_KERNEL = dict.fromkeys(Architecture, "kernel-core")
-_STOCK_DISK = ("vm",)
 
 DISTRIBUTIONS: Mapping[BaseOS, Distribution] = {
     BaseOS.UBUNTU: Distribution(
-        ("amphora-base", "amphora-disk"),
+        "amphora-base",
         {
             Architecture.AMD64: "linux-image-virtual",
             Architecture.ARM64: "linux-image-virtual",
@@ -51,7 +50,7 @@ DISTRIBUTIONS: Mapping[BaseOS, Distribution] = {
         "main,universe",
     ),
     BaseOS.DEBIAN: Distribution(
-        ("amphora-base", "amphora-disk"),
+        "amphora-base",
         {
             Architecture.AMD64: "linux-image-cloud-amd64",
             Architecture.ARM64: "linux-image-cloud-arm64",
@@ -61,10 +60,10 @@ DISTRIBUTIONS: Mapping[BaseOS, Distribution] = {
         },
         "main",
     ),
-    BaseOS.FEDORA: Distribution(("fedora-container", *_STOCK_DISK), _RPM_KERNEL),
-    BaseOS.CENTOS: Distribution(("centos-minimal", *_STOCK_DISK), _RPM_KERNEL),
-    BaseOS.ROCKY: Distribution(("rocky-container", *_STOCK_DISK), _RPM_KERNEL),
-    BaseOS.RHEL: Distribution(("rhel", *_STOCK_DISK), _RPM_KERNEL),
+    BaseOS.FEDORA: Distribution("fedora-container", _RPM_KERNEL),
+    BaseOS.CENTOS: Distribution("centos-minimal", _RPM_KERNEL),
+    BaseOS.ROCKY: Distribution("rocky-container", _RPM_KERNEL),
+    BaseOS.RHEL: Distribution("rhel", _RPM_KERNEL),
 }
 
 
@@ -78,6 +77,7 @@ ELEMENT_ROWS: tuple[tuple[str, Callable[[Request], bool]], ...] = (
     ("amphora-certificates", _always),
     ("amphora-cloud-init", _always),
     ("amphora-cpu-pinning", lambda request: request.cpu_pinning),
+    ("amphora-disk", _always),
     ("amphora-fips", lambda request: request.fips),
     ("amphora-haproxy", _always),
     ("amphora-ipvsadm", _always),
@@ -100,7 +100,7 @@ COMMAND_LINE_ROWS: tuple[tuple[str, Callable[[Request], bool]], ...] = (
     ("apparmor=0", lambda r: not r.mandatory_access and r.base_os is BaseOS.DEBIAN),
 )
 
-#: Debian's architecture names, which diskimage-builder uses too, where ours differ.
+#: Debian's architecture names, where ours differ.
 DEBIAN_ARCHITECTURE = {Architecture.PPC64LE: "ppc64el"}
 
 
@@ -160,7 +160,7 @@ def _elements(request: Request) -> tuple[str, ...]:
         ours: Iterable[str] = env.elements
     else:
         ours = (
-            *DISTRIBUTIONS[request.base_os].elements,
+            DISTRIBUTIONS[request.base_os].base,
             *(element for element, wanted in ELEMENT_ROWS if wanted(request)),
         )
     return tuple(dict.fromkeys((*ours, *env.local_elements)))
@@ -171,7 +171,8 @@ def _options(request: Request) -> tuple[str, ...]:
     wants_disk = not DISK_TYPES.isdisjoint(request.image_types)
     types = [*(["tar"] if ImageType.TAR in request.image_types else [])]
     types += ["raw"] if wants_disk else []
-    architecture = DEBIAN_ARCHITECTURE.get(request.architecture, str(request.architecture))
+    names = DEBIAN_ARCHITECTURE if request.debian_family else {}
+    architecture = names.get(request.architecture, str(request.architecture))
     return (
         # -n: no "base" element, whose packages an amphora does not need
         *("-n", "-a", architecture, "-o", "image", "-t", ",".join(types)),

@@ -90,6 +90,9 @@ ARCHITECTURES: Mapping[BaseOS, frozenset[Architecture]] = {
 MINIMUM_SIZE: Mapping[bool, Decimal] = {True: Decimal("1.5"), False: Decimal(3)}
 MAXIMUM_SIZE = Decimal(2048)
 
+#: Names of packages by Debian Policy, 5.6.7, and of rpm; a version or release may follow.
+PACKAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._:=/~-]*")
+
 
 def choice(kind: type[E], what: str, value: str) -> E:
     """Return the member of an enumeration that a user named.
@@ -123,7 +126,7 @@ def size_in_gib(value: str) -> Decimal:
         raise BadValue(f"-s (size) is {value!r}; allowed is {allowed}") from None
     if not size.is_finite() or not 0 < size <= MAXIMUM_SIZE:
         raise BadValue(f"-s (size) is {value!r}; allowed is {allowed}")
-    return size
+    return Decimal(f"{size:f}")  # "1e2" is written as 100
 
 
 def release_of(base_os: BaseOS, architecture: Architecture, value: str | None) -> str:
@@ -158,7 +161,7 @@ def output_path(value: str, types: Iterable[ImageType], directory: Path) -> Path
 
     :raises BadValue: it names a directory or has a control character.
     """
-    if not value or value.endswith("/") or value in {".", ".."}:
+    if value.endswith("/") or Path(value).name in {"", ".."}:
         raise BadValue(f"-o (output) is {value!r}; allowed is the name of a file")
     if re.search(r"[\x00-\x1f\x7f]", value):
         raise BadValue(f"-o (output) is {value!r}; control characters are not allowed")
@@ -247,6 +250,10 @@ class Request:
                 f"DIB_LOCAL_ELEMENTS is {' '.join(env.local_elements)!r}; "
                 "it needs DIB_LOCAL_ELEMENTS_PATH",
                 hint="set DIB_LOCAL_ELEMENTS_PATH to the directory that holds these elements",
+            )
+        if self.kernel is not None and not PACKAGE_NAME.fullmatch(self.kernel):
+            raise BadValue(
+                f"-k (kernel package) is {self.kernel!r}; allowed is the name of a package"
             )
         if self.base_os is BaseOS.RHEL and env.local_image is None:
             raise BadValue(

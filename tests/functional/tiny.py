@@ -25,6 +25,9 @@ DATA = Path(__file__).parents[1] / "data"
 ELEMENTS = "tiny-os tiny-disk faults amphora-manifest"
 SIZE = 1.5 * GIB
 
+#: What the disk of the tests takes from the real one, which has a boot loader besides.
+SHARED_WITH_DISK = ("block-device-default.yaml", "cleanup.d/95-amphora-disk")
+
 #: What diskimage-builder's phases and the tests' elements call in the chroot.
 PROGRAMS = (
     "awk basename bash cat date dd dirname env find grep mkdir mktemp rm rmdir sed setsid sleep sort"
@@ -59,8 +62,10 @@ def make_elements(directory: Path) -> Elements:
     """Put the tests' elements together in a directory."""
     elements = Elements(directory / "elements", directory / "root.tar")
     shutil.copytree(DATA / "elements", elements.path)
-    layout = "block-device-default.yaml"
-    shutil.copy(plan.ELEMENTS / "amphora-disk" / layout, elements.path / "tiny-disk" / layout)
+    for part in SHARED_WITH_DISK:
+        target = elements.path / "tiny-disk" / part
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(plan.ELEMENTS / "amphora-disk" / part, target)
     tree = directory / "root"
     for name in DIRECTORIES:
         (tree / name).mkdir(parents=True, exist_ok=True)

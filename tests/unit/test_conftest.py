@@ -41,24 +41,36 @@ def test_a_program_fails_the_test(start: Callable[[], object]) -> None:
         start()
 
 
+#: An address that is nobody's (RFC 5737).
+NOBODY = ("192.0.2.1", 9)
+
+
 def connect() -> None:
-    """Connect to a port where nothing listens."""
+    """Connect to nobody."""
     with socket.socket() as plug:
-        plug.connect(("127.0.0.1", 1))
+        plug.settimeout(0.01)
+        plug.connect(NOBODY)
+
+
+def send() -> None:
+    """Send nobody a datagram."""
+    with socket.socket(type=socket.SOCK_DGRAM) as plug:
+        plug.sendto(b"?", NOBODY)
 
 
 @pytest.mark.parametrize(
-    "speak",
-    [
-        connect,
-        lambda: socket.getaddrinfo("localhost", 80),
-        lambda: socket.create_connection(("", 1)),
-    ],
+    "speak", [connect, send, lambda: socket.getaddrinfo("mirror.example.org", 80)]
 )
 def test_the_network_fails_the_test(speak: Callable[[], object]) -> None:
-    """Neither a connection nor a look-up of a name is possible."""
+    """Neither a connection, nor a datagram, nor a look-up of a name is possible."""
     with pytest.raises(pytest.fail.Exception, match="a unit test speaks to the network: socket"):
         speak()
+
+
+def test_this_machine_is_no_network() -> None:
+    """A server of the test's own can be spoken to."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        socket.create_connection(server.getsockname()).close()
 
 
 def test_the_failure_passes_handlers_of_errors() -> None:
