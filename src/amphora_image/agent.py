@@ -126,8 +126,14 @@ def choose(
 ) -> AgentSource:
     """The source that a user asked for: ``-g REF``, ``-p``, or any variable of Octavia's script.
 
-    :raises BadValue: both options were given.
+    :raises BadValue: both options were given, the ref is none, or a URL holds a password.
     """
+    for name in _DIB_VARIABLES:
+        if re.search(r"://[^/@]*:[^/@]*@", environ.get(name, "")):
+            raise BadValue(
+                f"{name} holds a password, which would stand in the manifest",
+                "leave it to git's credential helper, see gitcredentials(7)",
+            )
     if packages and ref:
         raise BadValue(f"-g {ref} and -p exclude each other", "leave one of them out")
     if packages:
@@ -137,6 +143,9 @@ def choose(
     }
     if ref:
         asked["ref"] = ref
+    # The part of git-check-ref-format(1) that a URL with a ref at its end depends on.
+    if not re.fullmatch(r"(?![-/.])[\w./+-]+(?<![/.])", asked.get("ref", "master"), re.ASCII):
+        raise BadValue(f"-g (agent's ref) is {asked['ref']!r}; allowed is a branch, tag or commit")
     return FromGit(**asked) if asked else Locked()
 
 

@@ -63,7 +63,8 @@ TROUBLE = re.compile(
 )
 #: A traceback's body, on the console itself or after the journal's "program[pid]: ".
 _INDENTED = re.compile(r"^\s|\]:\s\s")
-_ESCAPE_SEQUENCE = re.compile(r"\x1b(\[[0-9;?=]*[A-Za-z]|[()][A-Z0-9]|[a-zA-Z78=>])")
+#: Escape sequences of a terminal: control, operating system command, other (ECMA-48).
+_ESCAPE_SEQUENCE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\a\x1b]*(\a|\x1b\\)|[ -/]*[0-~])")
 _FORWARDED_PORT = re.compile(r"HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)")
 
 
@@ -90,8 +91,10 @@ class Report:
         table = Table(
             "milestone",
             "seconds",
-            title=f"{self.image} under {self.accelerator}",
-            caption=", ".join(f"{key} {value}" for key, value in self.agent.items()),
+            title=f"{Path(self.image).name} under {self.accelerator}",
+            caption="\n".join(f"{key} {value}" for key, value in self.agent.items()),
+            caption_justify="left",
+            min_width=60,
         )
         for milestone, seconds in self.milestones.items():
             table.add_row(milestone, "not seen" if seconds is None else f"{seconds:.1f}")
@@ -227,7 +230,7 @@ class Machine:
                 raise self.failure(f"QEMU ended with {self.process.returncode}; missing: {what}")
             if self.seen(FATAL) is not None:
                 raise self.failure(f"the machine stopped; missing: {what}")
-            time.sleep(0.1)
+            time.sleep(0.25)
         last = f" ({trouble})" if trouble else ""
         raise self.failure(f"{timeout:.0f} s after power-on still missing: {what}{last}")
 
@@ -418,7 +421,8 @@ def _execute(stream: IO[str], command: str, arguments: Mapping[str, object]) -> 
     stream.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
     stream.flush()
     replies = (json.loads(line) for line in stream)
-    reply = next(reply for reply in replies if "event" not in reply)
+    hung_up = {"error": {"desc": "QEMU hung up"}}
+    reply = next((reply for reply in replies if "event" not in reply), hung_up)
     if "error" in reply:
         raise OSError(f"{command}: {reply['error']['desc']}")
     return reply["return"]

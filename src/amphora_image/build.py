@@ -46,6 +46,7 @@ def build(request: Request, plan: Plan, console: Console) -> list[Path]:
     request.output.parent.mkdir(parents=True, exist_ok=True)
     log_path = request.log_file or _default_log(request)
     with signals_interrupt(), BuildLog(log_path, console) as log, workspace() as space:
+        _give_to_caller(log_path)
         log.phase("preparation")
         _place_work(request, space, console)
         partial = _partial_outputs(request, space)
@@ -87,16 +88,15 @@ def _default_log(request: Request) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     for old in sorted(directory.glob("*.log"), key=lambda path: path.stat().st_mtime)[:-19]:
         old.unlink(missing_ok=True)
-    descriptor, name = tempfile.mkstemp(f"-{request.output.name[:100]}.log", "build-", directory)
+    descriptor, name = tempfile.mkstemp(f"-{request.output.name[:40]}.log", "build-", directory)
     os.close(descriptor)
     return Path(name)
 
 
 def _place_work(request: Request, space: Workspace, console: Console) -> None:
-    on_disk = request.on_disk
-    if not on_disk and host.available_memory() < host.TMPFS_MEMORY:
+    on_disk = host.builds_on_disk(request)
+    if on_disk and not request.on_disk:
         console.print("less than 4 GiB of memory are free: building on disk, which is slower")
-        on_disk = True
     space.work_in(request.working_dir if on_disk else None)
 
 
@@ -119,7 +119,7 @@ def _commands(
     python = str(space.safe(Path(sys.prefix)) / Path(sys.executable).relative_to(sys.prefix))
     scripts = space.safe(Path(sysconfig.get_path("scripts")))
     disk_image_create = [python, str(scripts / plan.argv[0]), *plan.argv[1:]]
-    env["DIB_PYTHON_EXEC"] = python
+    env["DIB_PYTHON_EXEC"] = _python_of_scripts(python, space)
     here = str(space.root)
     work = str(space.work)
     return [
@@ -127,6 +127,17 @@ def _commands(
         Command(disk_image_create, env, work),
         *(Command(_conversion(kind, path), env, work) for kind, path in partial.items()),
     ]
+
+
+def _python_of_scripts(python: str, space: Workspace) -> str:
+    """Return a Python that starts in the C locale, which diskimage-builder sets."""
+    if f"{sys.prefix}{__file__}".isascii():
+        return python
+    # Python reads the .pth file of an editable install in the locale's encoding before 3.13.
+    wrapper = space.root / "python"
+    wrapper.write_text(f'#!/bin/sh\nLC_ALL=C.UTF-8 exec {python} "$@"\n')
+    wrapper.chmod(0o700)
+    return str(wrapper)
 
 
 def _conversion(kind: ImageType, path: Path) -> list[str]:

@@ -167,6 +167,11 @@ def _url(env: Mapping[str, str], name: str) -> str | None:
     value = env.get(name)
     if value and not re.fullmatch(r"(https?|file)://[!-~]+", value):
         raise BadValue(f"{name} is {value!r}; allowed are http, https and file URLs")
+    if value and "@" in value.split("/")[2]:
+        raise BadValue(
+            f"{name} holds a user or password, which would stay in the image",
+            hint="let a proxy on this host add it, or allow this host's address",
+        )
     return value or None
 
 

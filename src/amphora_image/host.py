@@ -153,15 +153,19 @@ def require(request: Request) -> None:
     _require_architecture(request.architecture, platform.machine())
     _require_namespaces()
     _require_loop_devices()
-    if request.on_disk:
-        _require_space(request.working_dir, BUILD_SPACE, "-w chooses another directory")
-    elif available_memory() < BUILD_MEMORY:
+    if available_memory() < BUILD_MEMORY:
         raise HostError(
             f"{available_memory() // 2**20} MiB of memory are free; "
             f"a build needs {BUILD_MEMORY // 2**20}"
         )
-    _require_outputs(request)
+    if builds_on_disk(request):
+        _require_space(request.working_dir, BUILD_SPACE, "-w chooses another directory")
     _require_space(request.output.parent, OUTPUT_SPACE, "-o chooses another directory")
+
+
+def builds_on_disk(request: Request) -> bool:
+    """Whether the build works on disk: it was asked for, or there is too little memory."""
+    return request.on_disk or available_memory() < TMPFS_MEMORY
 
 
 def _require_tools(tools: Mapping[str, str]) -> None:
@@ -215,12 +219,6 @@ def _require_loop_devices() -> None:
             f"no loop devices here: {error}",
             hint="modprobe loop; in a container, run it with --privileged",
         ) from error
-
-
-def _require_outputs(request: Request) -> None:
-    for path in request.outputs.values():
-        if path.is_dir():
-            raise HostError(f"{path} is a directory", hint="-o chooses another name")
 
 
 def _require_space(directory: Path, wanted: int, hint: str) -> None:

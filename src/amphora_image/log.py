@@ -12,6 +12,7 @@ from typing import IO
 
 from rich.console import Console
 from rich.status import Status
+from rich.text import Text
 
 #: diskimage-builder's phases, in words.
 PHASES = {
@@ -54,8 +55,8 @@ HINTS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
             "or set DIB_APT_KEYRING to a file with its keys",
         ),
         (
-            r"[Cc]ertificate verif|CERTIFICATE_VERIFY_FAILED|UnknownIssuer|self.signed certificate"
-            r"|certificate is NOT trusted",
+            r"[Cc]ertificate verif|CERTIFICATE_VERIFY_FAILED|invalid peer certificate"
+            r"|self.signed certificate|certificate is NOT trusted",
             "a TLS certificate is not trusted: add your CA to the host's trust store, "
             "and set SSL_CERT_FILE for Python's packages",
         ),
@@ -88,6 +89,8 @@ def that_matter(lines: Iterable[str], most: int = 30) -> list[str]:
 
 def phase_of(line: str) -> tuple[str, str] | None:
     """Return the phase that a line of diskimage-builder's output begins, and its script."""
+    if line.startswith("+"):  # the shell's trace (-x) says what is run, not what has begun
+        return None
     if match := _SCRIPT.search(line):
         phase, script = match.groups()
         return PHASES.get(phase, phase), script
@@ -155,7 +158,8 @@ class BuildLog:
     def _show(self, now: str) -> None:
         if self._status:
             room = max(self._console.width - len(self._phase) - 12, 10)
-            self._status.update(f"{self._phase} [dim]{now[:room]}[/dim]")
+            # A Text, as programs may say what looks like rich's markup.
+            self._status.update(Text.assemble(self._phase, " ", (now[:room], "dim")))
 
     def _end_phase(self, *, failed: bool = False) -> None:
         if self._status:

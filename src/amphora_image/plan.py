@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from amphora_image import agent
+from amphora_image.errors import BadValue
 from amphora_image.host import Host
 from amphora_image.request import Architecture, BaseOS, ImageType, Request
 
@@ -96,6 +97,7 @@ ELEMENT_ROWS: tuple[tuple[str, Callable[[Request], bool]], ...] = (
 #: The kernel's command line: words, and the requests that want them.
 COMMAND_LINE_ROWS: tuple[tuple[str, Callable[[Request], bool]], ...] = (
     ("fips=1", lambda request: request.fips),
+    ("irqaffinity=0", lambda request: request.cpu_pinning),
     ("apparmor=1 security=apparmor", lambda r: r.mandatory_access and r.debian_family),
     ("apparmor=0", lambda r: not r.mandatory_access and r.base_os is BaseOS.DEBIAN),
 )
@@ -216,11 +218,18 @@ def apt_sources(request: Request, host: Host) -> list[str]:
 
     A mirror that was asked for comes first, then the build host's own if it runs the same base
     OS: that mirror is known to answer.
+
+    :raises BadValue: a security mirror stands alone.
     """
     env = request.environment
     known = host.mirrors if host.base_os == request.base_os else None
     archive = env.mirror or (known and known.archive)
     if not archive:
+        if env.security_mirror:
+            raise BadValue(
+                f"DIB_DEBIAN_SECURITY_MIRROR is {env.security_mirror!r} without an archive",
+                hint="set BASE_OS_MIRROR as well",
+            )
         return []
     archive = archive.rstrip("/")
     security = env.security_mirror or (None if env.mirror else known and known.security)

@@ -8,6 +8,7 @@ import http.server
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import threading
@@ -23,6 +24,7 @@ from tiny import Scene, make_program, qemu_info
 PHASES = ("root", "install", "finalise")
 SECONDS_TO_STOP = 10
 BASE_ELEMENTS = "amphora-base tiny-disk"
+QEMU_IMG = shutil.which("qemu-img")
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -152,12 +154,37 @@ def test_an_image_too_small(scene: Scene) -> None:
     assert scene.left_behind() == []
 
 
-def test_an_output_that_cannot_be_written(scene: Scene) -> None:
-    """A full or forbidden place for the files is a failure without a traceback."""
+@pytest.fixture
+def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A mounted file system with room for no more than a build asks for at its start."""
+    directory = tmp_path_factory.mktemp("small")
+    tmpfs = ["mount", "-t", "tmpfs", "-o", "size=1100m", "tmpfs", str(directory)]
+    subprocess.run(tmpfs, check=True)
+    yield directory
+    subprocess.run(["umount", str(directory)], check=True)
+
+
+def test_an_output_disk_that_fills_up(scene: Scene, small_disk: Path) -> None:
+    """No space for the image file, once the build is on its way, is a failure with a hint."""
+    older = small_disk / "lb.qcow2"
+    older.write_text("older")
+    program = scene.directory / "bin" / "qemu-img"
+    make_program(program, f'fallocate -l 1099m {small_disk}/filler; exec {QEMU_IMG} "$@"')
+    path = f"{program.parent}:{os.environ['PATH']}"
+    status, said = scene.start("lb", "-o", str(older), PATH=path).end()
+    assert status == 1
+    assert "hint: no space" in said
+    assert older.read_text() == "older"
+    assert {path.name for path in small_disk.iterdir()} == {"lb.qcow2", "filler"}
+    assert scene.left_behind() == []
+
+
+def test_an_output_that_is_a_directory(scene: Scene) -> None:
+    """What cannot become a file is refused before any work."""
     (scene.directory / "lb.qcow2").mkdir()
     status, said = scene.start().end()
-    assert status == 2
-    assert "lb.qcow2 is a directory" in said
+    assert status == 3
+    assert "lb.qcow2'; allowed is the name of a file" in said
     assert scene.left_behind() == []
 
 

@@ -91,9 +91,7 @@ def test_size(debian_image: Path) -> None:
     assert info["format"] == "qcow2"
 
 
-def test_root_file_system_is_clean(
-    raw_image: Path, partitions: dict[str, tuple[int, int]]
-) -> None:
+def test_root_file_system_is_clean(raw_image: Path, partitions: dict[str, tuple[int, int]]) -> None:
     """The root file system fills its partition and has no error."""
     with attached(raw_image, *partitions["root"]) as device:
         run("e2fsck", "-f", "-n", device)
@@ -138,7 +136,7 @@ def test_boot_loader_is_where_the_bios_looks(
 
 
 def test_required_packages_are_installed(root: Path) -> None:
-    """dpkg's own database says that each required package is installed and configured."""
+    """The database of dpkg says that each required package is installed and configured."""
     status = run(
         "dpkg-query",
         f"--admindir={root}/var/lib/dpkg",

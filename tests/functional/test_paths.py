@@ -11,7 +11,7 @@ from pathlib import Path
 
 import diskimage_builder
 import pytest
-from tiny import Elements, Scene, qemu_info
+from tiny import COMMAND, Elements, Scene, qemu_info
 
 import amphora_image
 
@@ -65,13 +65,12 @@ def test_an_odd_checkout(scene: Scene) -> None:
     (packages / "checkout.pth").write_text(f"{checkout / 'src'}\n{engine.parent}\n")
     shutil.copy(Path(sysconfig.get_path("scripts"), "disk-image-create"), venv / "bin")
 
-    check = "import amphora_image, diskimage_builder as d; print(amphora_image.__file__, d.__file__)"
+    check = "import amphora_image as a, diskimage_builder as d; print(a.__file__, d.__file__)"
     python = str(venv / "bin" / "python")
     places = subprocess.run([python, "-c", check], check=True, capture_output=True, text=True)
     assert places.stdout.count(str(checkout)) == 2
 
-    command = "import sys; from amphora_image.cli import diskimage_create as f; sys.exit(f())"
-    build = scene.start(program=[python, "-c", command])
+    build = scene.start(program=[python, "-c", COMMAND])
     status, said = build.end()
     assert status == 0, said
     qemu_info(build.image)

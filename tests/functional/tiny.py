@@ -29,12 +29,12 @@ SIZE = 1.5 * GIB
 SHARED_WITH_DISK = ("block-device-default.yaml", "cleanup.d/95-amphora-disk")
 
 #: What diskimage-builder's phases and the tests' elements call in the chroot.
-PROGRAMS = (
-    "awk basename bash cat date dd dirname env find grep mkdir mktemp rm rmdir sed setsid sleep sort"
-).split()
-DIRECTORIES = (
-    "boot dev etc lib/diskimage-builder proc root run sys tmp usr/bin usr/lib64 var/lib/dpkg var/log"
-).split()
+PROGRAMS = """
+    awk basename bash cat date dd dirname env find grep mkdir mktemp rm rmdir sed setsid sleep sort
+"""
+DIRECTORIES = """
+    boot dev etc lib/diskimage-builder proc root run sys tmp usr/bin usr/lib64 var/lib/dpkg var/log
+"""
 FILES = {
     "etc/os-release": "ID=tiny\n",
     "var/lib/dpkg/status": (
@@ -67,13 +67,13 @@ def make_elements(directory: Path) -> Elements:
         target.parent.mkdir(exist_ok=True)
         shutil.copy(plan.ELEMENTS / "amphora-disk" / part, target)
     tree = directory / "root"
-    for name in DIRECTORIES:
+    for name in DIRECTORIES.split():
         (tree / name).mkdir(parents=True, exist_ok=True)
     for name in ("bin", "lib64"):
         (tree / name).symlink_to(f"usr/{name}")
     for name, text in FILES.items():
         (tree / name).write_text(text)
-    for program in PROGRAMS:
+    for program in PROGRAMS.split():
         _copy_program(program, tree)
     (tree / "usr/bin/sh").symlink_to("bash")
     with tarfile.open(elements.root, "w") as tar:
@@ -268,11 +268,11 @@ def make_program(path: Path, script: str) -> Path:
 
 def qemu_info(image: Path) -> Mapping[str, object]:
     """Return what qemu-img tells of an image, after it has checked it."""
-    subprocess.run(["qemu-img", "check", "-q", image.name], check=True, cwd=image.parent)
+    if image.suffix == ".qcow2":
+        subprocess.run(["qemu-img", "check", "-q", str(image)], check=True)
     said = subprocess.run(
-        ["qemu-img", "info", "--output=json", image.name],
+        ["qemu-img", "info", "--output=json", str(image)],
         check=True,
-        cwd=image.parent,
         capture_output=True,
         text=True,
     ).stdout

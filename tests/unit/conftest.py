@@ -17,7 +17,7 @@ from amphora_image.agent import Locked
 from amphora_image.request import Architecture, BaseOS, Request
 
 # The same examples each time: a unit test that fails does so everywhere.
-settings.register_profile("unit", derandomize=True, database=None, deadline=None, max_examples=60)
+settings.register_profile("unit", derandomize=True, database=None, deadline=None, max_examples=40)
 settings.load_profile("unit")
 
 #: Audit events (PEP 578) of the interpreter that a unit test must not cause.

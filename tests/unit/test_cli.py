@@ -48,7 +48,7 @@ BAD = {
     "DIB_RELEASE=focal": "is 'focal'; allowed are noble, jammy",
     "-g master -p": "-g master and -p exclude each other",
     "-g ''": "--agent-ref is ''",
-    "-i gentoo": "-i (base OS) is 'gentoo'; allowed are ubuntu, debian, fedora, centos, rocky, rhel",
+    "-i gentoo": "is 'gentoo'; allowed are ubuntu, debian, fedora, centos, rocky, rhel",
     "-i rhel": "-i (base OS) is 'rhel'; it needs DIB_LOCAL_IMAGE",
     "-k 'two packages'": "-k (kernel package) is 'two packages'; allowed is the name of a package",
     "-k one,two": "-k (kernel package) is 'one,two'; allowed is the name of a package",

@@ -101,7 +101,7 @@ def test_peers_are_signed_by_their_own_authority(
         if name == authority:
             signed.verify_directly_issued_by(issuer)
         else:
-            with pytest.raises(ValueError, match="[Ii]ssuer"):
+            with pytest.raises(ValueError, match=r"[Ii]ssuer"):
                 signed.verify_directly_issued_by(issuer)
 
 
@@ -144,7 +144,7 @@ def test_ask_refuses_another_amphora(credentials: Credentials, lax: ssl.SSLConte
 
 def test_ask_tells_an_error_status(credentials: Credentials, lax: ssl.SSLContext) -> None:
     """A status other than 200 is an error with the path and the status in it."""
-    with agent(lax, NOT_FOUND) as port, pytest.raises(Exception, match="GET /1.0/x: 404"):
+    with agent(lax, NOT_FOUND) as port, pytest.raises(Exception, match=r"GET /1\.0/x: 404"):
         controller.ask(port, "/1.0/x", credentials, client_pem=None, timeout=5)
 
 

@@ -49,12 +49,6 @@ def name(path: Path) -> str:
     return str(path.relative_to(plan.ELEMENTS))
 
 
-def static(path: Path) -> Path:
-    """Return the path in the image of a file in an element's static tree."""
-    parts = path.relative_to(plan.ELEMENTS).parts
-    return Path("/", *parts[parts.index("static") + 1 :])
-
-
 def in_image(path: str) -> bool:
     """Tell whether an element puts this absolute path into the image."""
     return any((element / "static" / path.lstrip("/")).exists() for element in ELEMENTS)
