@@ -81,6 +81,7 @@ ELEMENT_ROWS: tuple[tuple[str, Callable[[Request], bool]], ...] = (
     ("amphora-disk", _always),
     ("amphora-fips", lambda request: request.fips),
     ("amphora-haproxy", _always),
+    ("amphora-initramfs", lambda request: request.debian_family),
     ("amphora-ipvsadm", _always),
     ("amphora-keepalived", _always),
     ("amphora-logrotate", _always),
@@ -94,12 +95,15 @@ ELEMENT_ROWS: tuple[tuple[str, Callable[[Request], bool]], ...] = (
     ("amphora-trim", _always),
 )
 
+_LSM = "landlock,lockdown,yama,integrity"
+
 #: The kernel's command line: words, and the requests that want them.
 COMMAND_LINE_ROWS: tuple[tuple[str, Callable[[Request], bool]], ...] = (
     ("fips=1", lambda request: request.fips),
     ("irqaffinity=0", lambda request: request.cpu_pinning),
-    ("apparmor=1 security=apparmor", lambda r: r.mandatory_access and r.debian_family),
-    ("apparmor=0", lambda r: not r.mandatory_access and r.base_os is BaseOS.DEBIAN),
+    # Not bpf, for which systemd compiles and attaches a program at each boot.
+    (f"lsm={_LSM},apparmor", lambda r: r.mandatory_access and r.debian_family),
+    (f"lsm={_LSM}", lambda r: not r.mandatory_access and r.debian_family),
 )
 
 #: Debian's architecture names, where ours differ.
