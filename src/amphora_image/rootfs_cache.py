@@ -190,11 +190,11 @@ def _pipe(first: list[str], second: list[str]) -> None:
         raise AmphoraImageError(f"{command} ended with {source.returncode}, {sink.returncode}")
 
 
-def _key(packages: Sequence[str], script: Path) -> Key | None:
+def _key(packages: Sequence[str], files: Sequence[Path]) -> Key | None:
     env = os.environ
     keyring = [Path(env["DIB_APT_KEYRING"])] if env.get("DIB_APT_KEYRING") else []
     versions = run(["mmdebstrap", "--version"])
-    inputs = inputs_digest(env, packages, versions, [script, *keyring])
+    inputs = inputs_digest(env, packages, versions, [*files, *keyring])
     if env.get("DIB_OFFLINE"):
         return Key(inputs, "")
     archives = archives_digest(env.get("AMPHORA_APT_SOURCES", ""))
@@ -210,12 +210,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m amphora_image.rootfs_cache")
     parser.add_argument("action", choices=("restore", "store"))
     parser.add_argument("root", type=Path)
-    parser.add_argument("script", type=Path)
+    parser.add_argument("files", type=Path, nargs="+", help="whose content decides the tree")
     parser.add_argument("--key", help="the key that restore printed")
     args = parser.parse_args()
     directory = Path(os.environ["DIB_IMAGE_CACHE"], "rootfs")
     try:
-        key = _key(sys.stdin.read().split(), args.script)
+        key = _key(sys.stdin.read().split(), args.files)
         if args.action == "store":
             # An archive that changed while the tree was made leaves a tree of no known state.
             if key and key.name == args.key:
