@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The boot proof: a finished image runs in QEMU, as in OpenStack, until its agent answers."""
+"""A virtual machine for the boot proof: a finished image runs in QEMU as in OpenStack."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
-import dataclasses
-import http.client
 import json
 import os
 import re
@@ -20,9 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from rich.table import Table
-
-from amphora_image import controller
+from amphora_image import network
 from amphora_image.errors import BadValue, BootFailed, HostError
 from amphora_image.run import run
 
@@ -31,6 +28,7 @@ T = TypeVar("T")
 #: Program -> the package of Debian and Ubuntu that holds it.
 PROGRAMS = {
     "genisoimage": "genisoimage",
+    "ip": "iproute2",
     "qemu-system-x86_64": "qemu-system-x86",
     "setpriv": "util-linux",
 }
@@ -42,8 +40,10 @@ ACCELERATORS = ("auto", "kvm", "tcg")
 KVM_PATIENCE = 20.0
 #: The host's address in QEMU's user-mode network.
 GATEWAY = "10.0.2.2"
+#: The TCP port of the amphora's agent.
+AGENT_PORT = 9443
 #: Neutron's prefix for the addresses of its ports, and an arbitrary rest.
-MANAGEMENT_MAC = "fa:16:3e:00:00:01"
+MANAGEMENT_MAC, VIP_MAC = "fa:16:3e:00:00:{:02}", "fa:16:3e:00:01:{:02}"
 
 #: Milestone -> the first line on the serial console that shows it.
 SERIAL_MILESTONES = {
@@ -65,95 +65,16 @@ TROUBLE = re.compile(
 _INDENTED = re.compile(r"^\s|\]:\s\s")
 #: Escape sequences of a terminal: control, operating system command, other (ECMA-48).
 _ESCAPE_SEQUENCE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\a\x1b]*(\a|\x1b\\)|[ -/]*[0-~])")
-_FORWARDED_PORT = re.compile(r"HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)")
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a proof has shown.
-
-    :param milestones: milestone -> seconds since power-on, in order; None for a line that the
-        serial console did not show, as with the kernel's option ``quiet``.
-    :param agent: the agent's own words: ``hostname``, ``haproxy_version``, ``api_version``.
-    """
-
-    image: str
-    accelerator: str
-    milestones: dict[str, float | None]
-    agent: dict[str, object]
-    serial_log: str
-
-    def json(self) -> str:
-        """The report as one JSON object with the fields' names as keys."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
-
-    def __rich__(self) -> Table:
-        table = Table(
-            "milestone",
-            "seconds",
-            title=f"{Path(self.image).name} under {self.accelerator}",
-            caption="\n".join(f"{key} {value}" for key, value in self.agent.items()),
-            caption_justify="left",
-            min_width=60,
-        )
-        for milestone, seconds in self.milestones.items():
-            table.add_row(milestone, "not seen" if seconds is None else f"{seconds:.1f}")
-        return table
-
-
-def prove(image: Path, *, log: Path, accel: str = "auto", timeout: float = 600.0) -> Report:
-    """Boot an image as Octavia does and see its agent serve the controller and nobody else.
-
-    The image is not written to. The serial log stays, whatever the outcome.
-
-    :param image: a disk image; its suffix tells its format, see :data:`DISK_FORMATS`.
-    :param log: where to write the serial console's lines, each after its seconds since power-on.
-    :param accel: one of :data:`ACCELERATORS`.
-    :param timeout: seconds from power-on for the whole proof.
-    :raises BadValue: the image or the accelerator is none that can be used.
-    :raises HostError: a program is missing.
-    :raises BootFailed: the image did not do it; the message ends with the log's lines that matter.
-    """
-    accelerator = choose_accelerator(image, accel)
-    credentials = controller.Credentials.create()
-    drive = config_drive(
-        credentials.amphora_id,
-        controller.injected_files(credentials, GATEWAY),
-        controller.USER_DATA,
-    )
-    with power_on(image, drive, accelerator=accelerator, log=log) as machine:
-        port = machine.wait("QEMU's control socket", machine.agent_port, timeout)
-
-        def ask(path: str) -> controller.Answer:
-            return controller.ask(
-                port, path, credentials, client_pem=credentials.client_pem, timeout=machine.patience
-            )
-
-        def all_refused() -> bool:
-            return all(
-                controller.refuses(port, credentials, client_pem, timeout=machine.patience)
-                for client_pem in (None, credentials.stranger_pem)
-            )
-
-        answer = machine.wait("the agent's answer", lambda: ask("/"), timeout)
-        answered = machine.elapsed
-        if answer.server_der != credentials.server_der:
-            raise machine.failure("the agent shows a certificate that was not injected")
-        if not machine.wait("the agent's refusal of strangers", all_refused, timeout):
-            raise machine.failure("the agent serves a client without the controller's certificate")
-        refused = machine.elapsed
-        info = machine.wait("the agent's information", lambda: ask("/1.0/info"), timeout)
-        return Report(
-            image=str(image),
-            accelerator=accelerator,
-            milestones={
-                **{name: machine.seen(line) for name, line in SERIAL_MILESTONES.items()},
-                "agent answers": answered,
-                "strangers refused": refused,
-            },
-            agent=info.body,
-            serial_log=str(log),
-        )
+#: Units that the amphora's systemd gets for the proof (:manpage:`systemd.system-credentials(7)`):
+#: its journal goes to the second serial port. A systemd before 256 passes them over.
+CREDENTIALS = {
+    "systemd.extra-unit.journal-to-serial.service": (
+        "[Unit]\nDefaultDependencies=no\nAfter=systemd-journald.service\n"
+        "[Service]\nStandardOutput=file:/dev/ttyS1\n"
+        "ExecStart=/usr/bin/journalctl --boot --follow --lines=all --output=short-monotonic\n"
+    ),
+    "systemd.unit-dropin.sysinit.target": "[Unit]\nWants=journal-to-serial.service\n",
+}
 
 
 def choose_accelerator(image: Path, wanted: str = "auto") -> str:
@@ -187,6 +108,7 @@ def choose_accelerator(image: Path, wanted: str = "auto") -> str:
 class Machine:
     """A running virtual machine; :func:`power_on` makes it.
 
+    :param number: 1 or 2; its agent listens on 127.0.0.1 or 127.0.0.2.
     :param lines: seconds since power-on and text of each line of the serial console so far, and of
         what QEMU itself says.
     """
@@ -194,6 +116,7 @@ class Machine:
     process: subprocess.Popen[bytes]
     qmp_socket: Path
     log: Path
+    number: int = 1
     started: float = field(default_factory=time.monotonic)
     lines: list[tuple[float, str]] = field(default_factory=list)
 
@@ -211,11 +134,17 @@ class Machine:
         """Tell when the first line that the pattern is found in came, in seconds."""
         return next((seconds for seconds, line in list(self.lines) if pattern.search(line)), None)
 
-    def wait(self, what: str, attempt: Callable[[], T | None], timeout: float) -> T:
+    def wait(
+        self,
+        what: str,
+        attempt: Callable[[], T | None],
+        timeout: float,
+        not_yet: tuple[type[Exception], ...] = (OSError, ValueError),
+    ) -> T:
         """Repeat an attempt until it returns something.
 
         :param what: what is awaited, for the failure's message.
-        :param attempt: None or an error of the network means not yet.
+        :param attempt: None or one of the errors ``not_yet`` means not yet.
         :param timeout: seconds from power-on.
         :raises BootFailed: the time is up, QEMU has ended or the console shows a fatal line.
         """
@@ -224,7 +153,7 @@ class Machine:
             try:
                 if (result := attempt()) is not None:
                     return result
-            except (OSError, http.client.HTTPException, ValueError) as error:
+            except not_yet as error:
                 trouble = error
             if self.process.poll() is not None:
                 raise self.failure(f"QEMU ended with {self.process.returncode}; missing: {what}")
@@ -236,9 +165,21 @@ class Machine:
 
     def failure(self, reason: str) -> BootFailed:
         """Describe a failure with the lines of the serial console that matter."""
-        lines = what_matters([line for _, line in list(self.lines) if line])
+        console = what_matters([line for _, line in list(self.lines) if line])
+        journal = what_matters(self.journal())
+        lines = [*console, *(["the journal:"] if journal else []), *journal]
         message = "\n".join((reason, *(f"  {line}" for line in lines)))
         return BootFailed(message, f"the whole serial log is {self.log}")
+
+    def reboot(self) -> None:
+        """Let the amphora's systemd shut down in order and start again (:manpage:`bootup(7)`)."""
+        keys = [{"type": "qcode", "data": key} for key in ("ctrl", "alt", "delete")]
+        self.qmp("send-key", keys=keys)
+
+    def journal(self) -> list[str]:
+        """The lines of the amphora's journal so far; none if its systemd is older than 256."""
+        path = self.qmp_socket.with_name("journal.log")
+        return path.read_text(errors="replace").splitlines() if path.exists() else []
 
     def qmp(self, command: str, **arguments: object) -> Any:
         """Send QEMU one command (QEMU Machine Protocol) and return what it returns.
@@ -253,20 +194,24 @@ class Machine:
                 _execute(stream, "qmp_capabilities", {})
                 return _execute(stream, command, arguments)
 
-    def agent_port(self) -> int | None:
-        """Look up the loopback port that QEMU chose to forward to the agent."""
-        usernet = self.qmp("human-monitor-command", **{"command-line": "info usernet"})
-        found = _FORWARDED_PORT.search(usernet)
-        return int(found[1]) if found else None
+    def plug_card(self) -> str:
+        """Hot-plug a network card that is on the network of the VIPs; return its MAC address."""
+        mac, tap = VIP_MAC.format(self.number), f"vip{self.number}"
+        network.add_tap(tap)
+        netdev = {"type": "tap", "id": tap, "ifname": tap, "script": "no", "downscript": "no"}
+        self.qmp("netdev_add", **netdev)
+        self.qmp("device_add", driver="virtio-net-pci", id="vip", netdev=tap, mac=mac)
+        return mac
 
 
 @contextlib.contextmanager
 def power_on(
-    image: Path, drive: Mapping[str, str], *, accelerator: str, log: Path
+    image: Path, drive: Mapping[str, str], *, accelerator: str, log: Path, number: int = 1
 ) -> Iterator[Machine]:
     """Run an image for the time of a ``with`` block; then, or if we die, QEMU is killed.
 
     :param drive: the config drive's files, as of :func:`config_drive`.
+    :param number: as of :class:`Machine`.
     :param accelerator: "kvm" or "tcg".
     :param log: where to write the serial console's lines; overwritten.
     :raises BadValue: the image is not there or of no known format.
@@ -280,7 +225,7 @@ def power_on(
     with contextlib.ExitStack() as undo:
         directory = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="amphora-boot-")))
         write_config_drive(drive, directory)
-        argv = qemu_argv(image.resolve(), accelerator)
+        argv = qemu_argv(image.resolve(), accelerator, number)
         log_file = undo.enter_context(log.open("w", encoding="utf-8"))
         process = undo.enter_context(
             subprocess.Popen(
@@ -292,7 +237,7 @@ def power_on(
                 stderr=subprocess.STDOUT,
             )
         )
-        machine = Machine(process, directory / "qmp.sock", log)
+        machine = Machine(process, directory / "qmp.sock", log, number)
         reader = threading.Thread(target=_read_console, args=(machine, log_file))
         reader.start()
         undo.callback(reader.join)
@@ -300,11 +245,11 @@ def power_on(
         yield machine
 
 
-def qemu_argv(image: Path, accelerator: str) -> list[str]:
+def qemu_argv(image: Path, accelerator: str, number: int = 1) -> list[str]:
     """List QEMU's arguments for a machine like the one Nova makes: one CPU, 1 GB, virtio.
 
-    Its serial console is standard output. ``config.iso`` and ``qmp.sock`` are in its working
-    directory.
+    Its serial console is standard output. ``config.iso``, ``journal.log`` and ``qmp.sock`` are in
+    its working directory.
 
     :param image: absolute path.
     :raises BadValue: its suffix is not in :data:`DISK_FORMATS`.
@@ -314,30 +259,40 @@ def qemu_argv(image: Path, accelerator: str) -> list[str]:
             f"{image.name} is no disk image that can boot; known are {', '.join(DISK_FORMATS)}"
         )
     file = str(image).replace(",", ",,")  # QEMU's escape for a comma in a value
-    forward = f"hostfwd=tcp:127.0.0.1:0-:{controller.AGENT_PORT}"
+    forward = f"hostfwd=tcp:127.0.0.{number}:{AGENT_PORT}-:{AGENT_PORT}"
+    credentials = (
+        f"type=11,value=io.systemd.credential.binary:{name}={base64.b64encode(text.encode()).decode()}"
+        for name, text in CREDENTIALS.items()
+    )
     return [
         "qemu-system-x86_64",
-        *("-nodefaults", "-vga", "std", "-display", "none", "-no-reboot"),
+        *("-nodefaults", "-vga", "std", "-display", "none"),
         # graphics=off lets the BIOS talk on the serial console, strict=on boot the disk only.
         *("-machine", "pc,graphics=off", "-boot", "strict=on"),
         *("-accel", accelerator, "-cpu", "max", "-smp", "1", "-m", "1024"),
-        *("-serial", "stdio", "-qmp", "unix:qmp.sock,server=on,wait=off"),
+        *("-serial", "stdio", "-serial", "file:journal.log"),
+        *(word for credential in credentials for word in ("-smbios", credential)),
+        *("-qmp", "unix:qmp.sock,server=on,wait=off"),
         # snapshot: writes go to an overlay without a name, the image is opened read-only.
         "-drive",
         f"id=disk,file={file},format={DISK_FORMATS[image.suffix]},if=none,snapshot=on",
         *("-device", "virtio-blk-pci,drive=disk,bootindex=0"),
         *("-drive", "file=config.iso,format=raw,media=cdrom,readonly=on"),
-        # restrict: the guest reaches neither this host's services nor any other network.
-        *("-netdev", f"user,id=management,restrict=on,{forward}"),
-        *("-device", f"virtio-net-pci,netdev=management,mac={MANAGEMENT_MAC},romfile="),
+        # What the amphora reaches of this host is what is in our network namespace.
+        *("-netdev", f"user,id=management,{forward}"),
+        "-device",
+        f"virtio-net-pci,netdev=management,mac={MANAGEMENT_MAC.format(number)},romfile=",
     ]
 
 
-def config_drive(amphora_id: str, files: Mapping[str, str], user_data: str) -> dict[str, str]:
+def config_drive(
+    amphora_id: str, files: Mapping[str, str], user_data: str, number: int = 1
+) -> dict[str, str]:
     """List the files of a config drive as Nova writes them, in the one version "latest".
 
     :param files: absolute path in the amphora -> text.
     :param user_data: a cloud-config document.
+    :param number: as of :class:`Machine`.
     :returns: path on the drive -> text.
     """
     contents = {f"content/{number:04}": text for number, text in enumerate(files.values())}
@@ -356,7 +311,12 @@ def config_drive(amphora_id: str, files: Mapping[str, str], user_data: str) -> d
         },
         "network_data.json": {
             "links": [
-                {"id": "link0", "type": "ovs", "ethernet_mac_address": MANAGEMENT_MAC, "mtu": 1500}
+                {
+                    "id": "link0",
+                    "type": "ovs",
+                    "ethernet_mac_address": MANAGEMENT_MAC.format(number),
+                    "mtu": 1500,
+                }
             ],
             "networks": [{"id": "network0", "type": "ipv4_dhcp", "link": "link0"}],
             "services": [],

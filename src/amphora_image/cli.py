@@ -17,9 +17,12 @@ from typing import NoReturn
 from rich.console import Console
 from rich.text import Text
 
-from amphora_image import agent, host
-from amphora_image.build import build
-from amphora_image.errors import AmphoraImageError, BadValue, Interrupted
+from amphora_image import agent, check, host
+from amphora_image.build import build, signals_interrupt
+from amphora_image.errors import AmphoraImageError, BadValue, BootFailed, CheckFailed, Interrupted
+from amphora_image.facts import as_table as facts_table
+from amphora_image.facts import read_facts
+from amphora_image.image import read_image
 from amphora_image.plan import make_plan
 from amphora_image.request import (
     RELEASES,
@@ -287,16 +290,69 @@ def _lock(args: argparse.Namespace) -> None:
     print(*agent.refresh_locks(os.environ, series, constraints=args.constraints), sep="\n")
 
 
+def _inspect(args: argparse.Namespace) -> None:
+    with signals_interrupt():
+        facts = read_facts(read_image(Path(args.image)))
+    if args.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        Console().print(facts_table(facts))
+
+
+def _check(args: argparse.Namespace) -> None:
+    image = Path(args.image)
+    junit = _file("--junit", args.junit) if args.junit else None
+    with signals_interrupt():
+        found = check.check_image(
+            image,
+            manifest=Path(args.manifest) if args.manifest else None,
+            size=size_in_gib(args.size) if args.size else None,
+            no_sshd=args.no_sshd,
+            root_password=args.root_password_expected,
+        )
+    if junit:
+        junit.write_text(check.as_junit(image.name, found))
+    if args.json:
+        print(check.as_json(image.name, found))
+    else:
+        Console().print(check.as_table(image.name, found))
+    if broken := {finding.rule: None for finding in found}:
+        raise CheckFailed(f"{image} breaks {len(broken)} of the rules: {', '.join(broken)}")
+
+
 def _boot(args: argparse.Namespace) -> None:
-    from amphora_image import boot  # the controller's side is an extra: amphora-image[prove]
+    # The controller's side is an extra: amphora-image[prove].
+    from amphora_image import container, proof
+    from amphora_image.page import write_page
+    from amphora_image.report import Milestone
 
     image = Path(args.image)
     log = Path(args.log or f"{image.name}.serial.log")
-    report = boot.prove(image, log=log, accel=args.accel, timeout=args.timeout)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def tell(done: Milestone) -> None:
+        console.print(f"{done.seconds:6.1f} s  {done.name}: {done.detail}")
+
+    with signals_interrupt():
+        if args.container:
+            report = container.prove(image, tell=tell)
+        else:
+            report = proof.prove(
+                image,
+                log=log,
+                accel=args.accel,
+                topology=args.topology,
+                timeout=args.timeout,
+                tell=tell,
+            )
+    if args.report:
+        write_page(report, Path(args.report))
     if args.json:
         print(report.json())
     else:
         Console().print(report)
+    if not report.passed:
+        raise BootFailed(report.failure, None if args.container else f"the serial log is {log}")
 
 
 def _guarded(work: Callable[[], None]) -> int:
@@ -359,11 +415,25 @@ def _verbs() -> argparse.ArgumentParser:
     plan = verb("plan", _plan, "Show what disk-image-create would be told, as JSON.")
     _add_build_options(plan)
     plan.add_argument("--shell", action="store_true", help="as a line to paste into a shell")
-    boot = verb("boot", _boot, "Boot an image in QEMU until its agent serves the controller.")
+    inspect = verb("inspect", _inspect, "Show what an image holds, without mounting it.")
+    inspect.add_argument("image", metavar="IMAGE", help="a qcow2, raw, vhd or tar file")
+    inspect.add_argument("--json", action="store_true", help="the facts as JSON")
+    checked = verb("check", _check, "Hold an image against the rules for amphorae.")
+    checked.add_argument("image", metavar="IMAGE", help="a qcow2, raw, vhd or tar file")
+    checked.add_argument("--json", action="store_true", help="the findings as JSON")
+    checked.add_argument("--junit", metavar="FILE", help="write the findings as JUnit XML too")
+    checked.add_argument("--manifest", metavar="FILE", help="manifest (default: IMAGE.json)")
+    checked.add_argument("-n", "--no-sshd", action="store_true", help="no SSH server is expected")
+    checked.add_argument("--root-password-expected", action="store_true", help="root may log in")
+    checked.add_argument("-s", "--size", metavar="GB", help="disk size that is expected")
+    boot = verb("boot", _boot, "Boot an image in QEMU and balance load with it.")
     boot.add_argument("image", metavar="IMAGE", help="a qcow2, raw or vhd file; not written to")
+    boot.add_argument("--container", action="store_true", help="IMAGE is a tar file: use podman")
     boot.add_argument("--accel", choices=("auto", "kvm", "tcg"), default="auto")
     boot.add_argument("--log", help="serial log (default: IMAGE.serial.log in this directory)")
-    boot.add_argument("--timeout", type=float, default=600, help="seconds in all (default: 600)")
+    boot.add_argument("--timeout", type=float, default=1200, help="seconds in all (default: 1200)")
+    boot.add_argument("--report", metavar="FILE", help="the report as a page of HTML as well")
+    boot.add_argument("--topology", choices=("single", "active-standby"), default="single")
     boot.add_argument("--json", action="store_true", help="the report as JSON")
     lock = verb("lock", _lock, "Refresh the agent's locked requirements.")
     lock.add_argument("--series", help="an OpenStack series (default: all that are locked)")

@@ -1,324 +1,377 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The controller's side of the boot proof: what Octavia injects into an amphora and how it asks.
+"""The controller's side of the boot proof: Octavia's own code, and what it needs around it.
 
-The certificates, the files and the host name check are those of Octavia's local certificate
-generator, its compute tasks and its REST client.
+The ``octavia`` package makes the certificates, the injected files and the configurations, and talks
+to the agent; here are the settings, the load balancer and the objects of a network that it is told.
 """
 
 from __future__ import annotations
 
 import configparser
 import datetime
-import functools
-import http.client
-import io
-import json
+import logging
 import secrets
-import socket
-import ssl
-import tempfile
 import uuid
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import NameOID
 
-#: The TCP port of the agent's REST API.
-AGENT_PORT = 9443
+from amphora_image import network
+from amphora_image.boot import AGENT_PORT
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of libraries about each other
+    from octavia.amphorae.backends.agent.agent_jinja_cfg import AgentJinjaTemplater
+    from octavia.amphorae.backends.health_daemon import status_message as status_message
+    from octavia.amphorae.driver_exceptions import exceptions as driver_exceptions
+    from octavia.amphorae.drivers.haproxy import exceptions as api_exceptions
+    from octavia.amphorae.drivers.haproxy import rest_api_driver
+    from octavia.certificates.generator.local import LocalCertGenerator
+    from octavia.certificates.manager.local import LocalCertManager
+    from octavia.common import config, constants
+    from octavia.common.jinja.logging.logging_jinja_cfg import LoggingJinjaTemplater
+    from octavia.common.jinja.user_data_jinja_cfg import UserDataJinjaCfg
+    from octavia.db import models
+    from octavia.network import data_models
+
 #: The UDP port of the controller's health manager.
 HEARTBEAT_PORT = 5555
+#: Seconds between VRRP advertisements: an emulated master may be late by one.
+VRRP_INTERVAL = 2
+#: The VIP card's name in the amphora's namespace.
+VIP_INTERFACE = constants.NETNS_PRIMARY_INTERFACE
 
-AGENT_CONF_PATH = "/etc/octavia/amphora-agent.conf"
-SERVER_PEM_PATH = "/etc/octavia/certs/server.pem"
-CLIENT_CA_PATH = "/etc/octavia/certs/client_ca.pem"
-RSYSLOG_CONF_PATH = "/etc/rsyslog.d/10-rsyslog.conf"
+#: What the driver raises when an amphora does not do what it is told.
+ERRORS = (driver_exceptions.AmphoraDriverError, api_exceptions.APIException)
 
-#: The user data of every amphora.
-USER_DATA = """\
-#cloud-config
-runcmd:
-- systemctl restart rsyslog
-timezone: UTC
-"""
-
-_LIFETIME = datetime.timedelta(days=1)
-_CLOCK_SKEW = datetime.timedelta(hours=1)
-_KEY_USAGES = (
-    "digital_signature",
+_DAY = datetime.timedelta(days=1)
+_CA_USAGES = ("digital_signature", "key_cert_sign", "crl_sign")
+_OTHER_USAGES = (
     "content_commitment",
     "key_encipherment",
     "data_encipherment",
     "key_agreement",
-    "key_cert_sign",
-    "crl_sign",
     "encipher_only",
     "decipher_only",
 )
-_CA_USAGES = {"digital_signature", "key_cert_sign", "crl_sign"}
-_PEER_USAGES = {"digital_signature", "key_encipherment", "data_encipherment", "key_agreement"}
 
 
 @dataclass(frozen=True)
 class Authority:
-    """A throw-away certificate authority: RSA of 2048 bits, SHA-256, valid for a day."""
+    """A throw-away certificate authority; both texts are PEM.
 
-    certificate: x509.Certificate
-    key: rsa.RSAPrivateKey = field(repr=False)
+    :param certificate: RSA of 2048 bits, SHA-256, valid for a day.
+    :param key: PKCS #8, not encrypted.
+    """
+
+    certificate: str
+    key: str = field(repr=False)
 
     @classmethod
     def create(cls, name: str) -> Authority:
-        """Make an authority that signs itself.
+        """Make an authority that signs itself (RFC 5280).
 
         :param name: common name of its subject.
         """
-        key = _new_key()
-        builder = _builder(name, key, issuer=_name(name), usages=_CA_USAGES, ca=True)
-        return cls(builder.sign(key, hashes.SHA256()), key)
-
-    @property
-    def pem(self) -> str:
-        """The certificate in PEM."""
-        return _certificate_pem(self.certificate)
+        key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        now = datetime.datetime.now(datetime.UTC)
+        usages = dict.fromkeys(_CA_USAGES, True) | dict.fromkeys(_OTHER_USAGES, False)
+        certificate = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(subject)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - _DAY)
+            .not_valid_after(now + _DAY)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+            .add_extension(x509.KeyUsage(**usages), critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False)
+            .sign(key, hashes.SHA256())
+        )
+        pem = serialization.Encoding.PEM
+        unencrypted = serialization.NoEncryption()
+        return cls(
+            certificate.public_bytes(pem).decode(),
+            key.private_bytes(pem, serialization.PrivateFormat.PKCS8, unencrypted).decode(),
+        )
 
     def issue(self, name: str) -> str:
-        """Make a key and a certificate for one end of a mutual TLS connection.
-
-        Octavia gives the amphora's certificate both usages, server and client; so do we.
+        """Make a key and a certificate, valid for a day, with Octavia's generator.
 
         :param name: common name and only DNS name; for an amphora its id.
         :returns: certificate and then private key (PKCS #1, not encrypted), both in PEM.
         """
-        key = _new_key()
-        issuer_id = self.certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier)
-        certificate = (
-            _builder(name, key, issuer=self.certificate.subject, usages=_PEER_USAGES, ca=False)
-            .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
-            .add_extension(
-                x509.ExtendedKeyUsage(
-                    [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
-                ),
-                critical=True,
-            )
-            .add_extension(
-                x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(issuer_id.value),
-                critical=False,
-            )
-            .sign(self.key, hashes.SHA256())
+        issued = LocalCertGenerator.generate_cert_key_pair(
+            cn=name,
+            validity=_DAY.total_seconds(),
+            ca_cert=self.certificate.encode(),
+            ca_key=self.key.encode(),
+            ca_digest="sha256",
         )
-        key_pem = key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.TraditionalOpenSSL,
-            serialization.NoEncryption(),
-        )
-        return _certificate_pem(certificate) + key_pem.decode()
+        pem: bytes = issued.certificate + issued.private_key
+        return pem.decode()
 
 
-@dataclass(frozen=True)
-class Credentials:
-    """Everything one amphora and its controller need to trust each other; all texts are PEM.
+class Complaints(logging.Handler):
+    """The errors that Octavia's code has logged: what an agent said of them is nowhere else."""
 
-    :param amphora_id: UUID; also the subject of the amphora's certificate.
-    :param server_ca: signs the amphora's certificate.
-    :param server_pem: the amphora's certificate and key.
-    :param client_ca: signs the controller's certificate.
-    :param client_pem: the controller's certificate and key.
-    :param stranger_pem: a certificate and key that the amphora must refuse as a client's: they are
-        of the server CA, which must not count as a client CA.
-    :param heartbeat_key: the key that signs heartbeats.
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a message."""
+        self.texts.append(record.getMessage())
+
+
+class Controller:
+    """Octavia's controller for one load balancer; its settings are those of the process.
+
+    :param directory: where its files go: ``octavia.conf``, certificates and keys.
+    :param address: the controller's address, as the amphorae see it.
+    :param count: how many amphorae: 1, or 2 for an active-standby pair.
     """
 
-    amphora_id: str
-    server_ca: str
-    server_pem: str = field(repr=False)
-    client_ca: str
-    client_pem: str = field(repr=False)
-    stranger_pem: str = field(repr=False)
-    heartbeat_key: str = field(repr=False)
-
-    @classmethod
-    def create(cls) -> Credentials:
-        """Make new credentials for a new amphora."""
-        amphora_id = str(uuid.uuid4())
-        server_ca, client_ca = Authority.create("server CA"), Authority.create("client CA")
-        return cls(
-            amphora_id=amphora_id,
-            server_ca=server_ca.pem,
-            server_pem=server_ca.issue(amphora_id),
-            client_ca=client_ca.pem,
-            client_pem=client_ca.issue("controller"),
-            stranger_pem=server_ca.issue("stranger"),
-            heartbeat_key=secrets.token_hex(32),
+    def __init__(self, directory: Path, address: str, count: int = 1) -> None:
+        self.directory, self.address = directory, address
+        self.server_ca, self.client_ca = (
+            Authority.create("server CA"),
+            Authority.create("client CA"),
         )
+        #: PEM of a client that the amphora must refuse: of the server CA, which is no client CA.
+        self.stranger_pem = self.server_ca.issue("stranger")
+        self.heartbeat_key = secrets.token_hex(32)
+        for name, text in (
+            ("server_ca.pem", self.server_ca.certificate),
+            ("client.pem", self.client_ca.issue("controller")),
+        ):
+            (directory / name).write_text(text)
+        self.configure()
+        self.driver = rest_api_driver.HaproxyAmphoraLoadBalancerDriver()
+        self.load_balancer = _load_balancer(count)
+        self.complaints = Complaints()
+        octavia_log = logging.getLogger("octavia")
+        octavia_log.handlers, octavia_log.propagate = [self.complaints], False
 
-    @functools.cached_property
-    def server_der(self) -> bytes:
-        """The amphora's certificate in DER, to compare with what its agent shows."""
-        certificate = x509.load_pem_x509_certificate(self.server_pem.encode())
-        return certificate.public_bytes(serialization.Encoding.DER)
+    def configure(self, heartbeat_interval: int = 5) -> None:
+        """Write ``octavia.conf`` and let Octavia's code read it.
 
+        :param heartbeat_interval: seconds.
+        """
+        parser = configparser.RawConfigParser()
+        parser.read_dict(
+            {
+                "haproxy_amphora": {
+                    "client_cert": self.directory / "client.pem",
+                    "server_ca": self.directory / "server_ca.pem",
+                    "bind_port": AGENT_PORT,
+                    "connection_max_retries": 5,
+                    "connection_retry_interval": 1,
+                },
+                "health_manager": {
+                    "controller_ip_port_list": f"{self.address}:{HEARTBEAT_PORT}",
+                    "heartbeat_interval": heartbeat_interval,
+                    "heartbeat_key": self.heartbeat_key,
+                },
+                # A machine that is emulated takes long for keepalived's check of HAProxy.
+                "keepalived_vrrp": {"vrrp_check_interval": 30},
+                "certificates": {
+                    "cert_manager": "local_cert_manager",
+                    "storage_path": self.directory,
+                },
+            }
+        )
+        path = self.directory / "octavia.conf"
+        with path.open("w") as file:
+            parser.write(file)
+        config.cfg.CONF.clear()
+        config.init([], default_config_files=[str(path)], default_config_dirs=[])
 
-@dataclass(frozen=True)
-class Answer:
-    """What the agent said.
+    @property
+    def amphorae(self) -> Sequence[Any]:
+        """The amphorae of the load balancer, as Octavia's database has them."""
+        return list(self.load_balancer.amphorae)
 
-    :param body: the JSON document of the response.
-    :param server_der: the certificate it showed, DER.
-    """
-
-    body: dict[str, object]
-    server_der: bytes
-
-
-def agent_conf(credentials: Credentials, controller: str) -> str:
-    """Write the agent's settings, with the keys and defaults of Octavia 19.
-
-    :param controller: the address to which the amphora sends its heartbeats.
-    :returns: an oslo.config file (INI).
-    """
-    parser = configparser.RawConfigParser()
-    parser.read_dict(
-        {
-            "DEFAULT": {
-                "debug": "False",
-                "use_syslog": "True",
-                "syslog_log_facility": "LOG_LOCAL1",
-            },
-            "haproxy_amphora": {
-                "base_cert_dir": "/var/lib/octavia/certs",
-                "base_path": "/var/lib/octavia",
-                "bind_host": "::",
-                "bind_port": AGENT_PORT,
-                "haproxy_cmd": "/usr/sbin/haproxy",
-                "user_log_facility": 0,
-                "administrative_log_facility": 1,
-            },
-            "health_manager": {
-                "controller_ip_port_list": f"{controller}:{HEARTBEAT_PORT}",
-                "heartbeat_interval": 10,
-                "heartbeat_key": credentials.heartbeat_key,
-            },
-            "amphora_agent": {
-                "agent_server_ca": CLIENT_CA_PATH,
-                "agent_server_cert": SERVER_PEM_PATH,
-                "agent_request_read_timeout": 180,
-                "amphora_id": credentials.amphora_id,
-                "amphora_udp_driver": "keepalived_lvs",
-                "agent_tls_protocol": "TLSv1.2",
-            },
-            "controller_worker": {"loadbalancer_topology": "SINGLE"},
+    def injected_files(self, amphora: Any, server_pem: str) -> dict[str, str]:
+        """List what Octavia injects into an amphora: absolute path there -> text."""
+        return {
+            "/etc/octavia/certs/server.pem": server_pem,
+            "/etc/octavia/certs/client_ca.pem": self.client_ca.certificate,
+            "/etc/octavia/amphora-agent.conf": self.agent_conf(amphora),
+            "/etc/rsyslog.d/10-rsyslog.conf": LoggingJinjaTemplater().build_logging_config(),
         }
+
+    def agent_conf(self, amphora: Any) -> str:
+        """Return the text of the agent's settings, an oslo.config file (INI)."""
+        topology = self.load_balancer.topology
+        return str(AgentJinjaTemplater().build_agent_config(amphora.id, topology))
+
+    def user_data(self) -> str:
+        """Return the user data of every amphora, a cloud-config document."""
+        return str(UserDataJinjaCfg().build_user_data_config({}))
+
+    def info(self, amphora: Any) -> dict[str, object]:
+        """Ask the agent once what it is.
+
+        :returns: ``hostname``, ``haproxy_version``, ``api_version`` and more.
+        :raises AmpConnectionRetry: of Octavia: it does not answer, or not as that amphora.
+        """
+        once = {constants.CONN_MAX_RETRIES: 1, constants.CONN_RETRY_INTERVAL: 0}
+        info = self.driver.get_info(amphora, raise_retry_exception=True, timeout_dict=once)
+        return dict(info)
+
+    def plug_vip(self, amphora: Any, mac: str) -> None:
+        """Tell the agent that a card with the VIPs was plugged in."""
+        vips = data_models.Network(mtu=1500)
+        port = data_models.Port(id=amphora.vrrp_port_id, mac_address=mac, network=vips)
+        subnet = data_models.Subnet(cidr=network.SUBNET, gateway_ip=network.GATEWAY, host_routes=[])
+        more = data_models.AdditionalVipData(
+            ip_address=network.VIP_IPV6,
+            subnet=data_models.Subnet(
+                cidr=network.SUBNET_IPV6, gateway_ip=network.GATEWAY_IPV6, host_routes=[]
+            ),
+        )
+        self.driver.post_vip_plug(amphora, self.load_balancer, None, port, subnet, [more])
+
+    def start_vrrp(self) -> None:
+        """Let the amphorae of a pair agree on who has the VIPs; a single one has them already."""
+        if len(self.amphorae) < 2:
+            return
+        subnet = {"cidr": network.SUBNET, "gateway_ip": network.GATEWAY}
+        subnet_ipv6 = {"cidr": network.SUBNET_IPV6, "gateway_ip": network.GATEWAY_IPV6}
+        networks = {
+            constants.VIP_SUBNET: subnet,
+            "additional_vip_data": [{"ip_address": network.VIP_IPV6, "subnet": subnet_ipv6}],
+        }
+        for amphora in self.amphorae:
+            self.driver.update_vrrp_conf(self.load_balancer, {amphora.id: networks}, amphora)
+            self.driver.start_vrrp_service(amphora)
+
+    def listen(
+        self,
+        protocol: str,
+        port: int,
+        pool_protocol: str | None,
+        *,
+        check_every: int | None = None,
+        **more: Any,
+    ) -> Any:
+        """Add a listener, with a pool of all members if it is to have one.
+
+        :param protocol: as in Octavia's API: ``HTTP``, ``TERMINATED_HTTPS`` ...
+        :param check_every: seconds between health checks of the members; None: no checks.
+        :param more: columns of Octavia's table of listeners.
+        :returns: the listener, as Octavia's database has it.
+        """
+        pool = self._pool(pool_protocol, check_every) if pool_protocol else None
+        return models.Listener(
+            **_row(protocol=protocol, protocol_port=port, peer_port=1025, **more),
+            load_balancer=self.load_balancer,
+            default_pool=pool,
+            insert_headers={},
+            connection_limit=100,
+        )
+
+    def update(self) -> None:
+        """Tell the amphorae of all listeners."""
+        self.driver.update(self.load_balancer)
+
+    def haproxy_config(self, version: str) -> str:
+        """Render HAProxy's configuration of all listeners, none of them with a certificate.
+
+        :param version: of HAProxy, for instance ``3.0.11-1``.
+        """
+        text = self.driver.jinja_combo.build_config(
+            host_amphora=self.amphorae[0],
+            listeners=list(self.load_balancer.listeners),
+            tls_certs={},
+            haproxy_versions=version.split(".")[:2],
+            amp_details={},
+        )
+        return str(text)
+
+    def forget(self, listener: Any) -> None:
+        """Delete a listener; amphorae that still have others are told of it by an update."""
+        if listener.protocol in constants.LVS_PROTOCOLS:
+            self.driver.delete(listener)
+        self.load_balancer.listeners.remove(listener)
+
+    def _pool(self, protocol: str, check_every: int | None) -> Any:
+        lvs = protocol in constants.LVS_PROTOCOLS
+        members = [
+            models.Member(
+                **_row(ip_address=ip, protocol_port=80, weight=1, backup=False),
+                operating_status=constants.NO_MONITOR,
+            )
+            for ip in network.MEMBERS
+        ]
+        monitor = models.HealthMonitor(
+            **_row(delay=check_every, timeout=2, fall_threshold=2, rise_threshold=2),
+            type=constants.HEALTH_MONITOR_UDP_CONNECT if lvs else constants.HEALTH_MONITOR_HTTP,
+            http_method="GET",
+            url_path="/",
+            expected_codes="200",
+        )
+        return models.Pool(
+            **_row(protocol=protocol, tls_enabled=False),
+            lb_algorithm=constants.LB_ALGORITHM_ROUND_ROBIN,
+            load_balancer=self.load_balancer,
+            operating_status=constants.ONLINE,
+            members=members,
+            health_monitor=monitor if check_every else None,
+        )
+
+    def store(self, pem: str) -> str:
+        """Keep a certificate and key where Octavia finds it; return its reference."""
+        end = pem.index("-----BEGIN RSA")
+        return str(LocalCertManager.store_cert(None, pem[:end], pem[end:]))
+
+
+def _row(**columns: Any) -> dict[str, Any]:
+    """Columns that all tables of Octavia have in common, and some more."""
+    return {"id": str(uuid.uuid4()), "project_id": "proof", "enabled": True, **columns}
+
+
+def _load_balancer(count: int) -> Any:
+    """A load balancer with an IPv4 and an IPv6 VIP and a number of amphorae."""
+    pair = count > 1
+    topology = constants.TOPOLOGY_ACTIVE_STANDBY if pair else constants.TOPOLOGY_SINGLE
+    load_balancer = models.LoadBalancer(
+        **_row(topology=topology),
+        vip=models.Vip(ip_address=network.VIP, vnic_type=constants.VNIC_TYPE_NORMAL),
+        additional_vips=[models.AdditionalVip(ip_address=network.VIP_IPV6)],
+        amphorae=[_amphora(number) for number in range(count)],
     )
-    text = io.StringIO()
-    parser.write(text)
-    return text.getvalue()
+    models.VRRPGroup(
+        load_balancer=load_balancer,
+        vrrp_group_name=load_balancer.id.replace("-", ""),
+        vrrp_auth_type=constants.VRRP_AUTH_DEFAULT,
+        vrrp_auth_pass=secrets.token_hex(4)[:7],
+        advert_int=VRRP_INTERVAL,
+    )
+    return load_balancer
 
 
-def injected_files(credentials: Credentials, controller: str) -> dict[str, str]:
-    """List what Octavia injects into an amphora.
-
-    :param controller: as for :func:`agent_conf`.
-    :returns: absolute path in the amphora -> text.
-    """
-    return {
-        SERVER_PEM_PATH: credentials.server_pem,
-        CLIENT_CA_PATH: credentials.client_ca,
-        AGENT_CONF_PATH: agent_conf(credentials, controller),
-        # Octavia sends the file even if it forwards no log, as here.
-        RSYSLOG_CONF_PATH: "\n",
-    }
-
-
-def ask(
-    port: int,
-    path: str,
-    credentials: Credentials,
-    *,
-    client_pem: str | None,
-    timeout: float,
-) -> Answer:
-    """Send one GET to an agent that listens on a port of the loopback interface.
-
-    As in Octavia's REST client the server's certificate must be of the server CA and name the
-    amphora's id, whatever its address is.
-
-    :param path: ``/`` or what starts with ``/1.0/``.
-    :param client_pem: the client's certificate and key; None sends none.
-    :param timeout: seconds for each step on the connection.
-    :raises OSError: no connection, no TLS (:class:`ssl.SSLError`) or no answer in time.
-    :raises http.client.HTTPException: the answer is not HTTP, or its status is not 200.
-    :raises ValueError: the answer is not JSON.
-    """
-    context = ssl.create_default_context(cadata=credentials.server_ca)
-    if client_pem is not None:
-        # The ssl module takes a client's key from a file only.
-        with tempfile.TemporaryDirectory(prefix="amphora-tls-") as directory:
-            pem = Path(directory, "client.pem")
-            pem.write_text(client_pem)
-            context.load_cert_chain(pem)
-    plain = socket.create_connection(("127.0.0.1", port), timeout)
-    with context.wrap_socket(plain, server_hostname=credentials.amphora_id) as tls:
-        server_der = tls.getpeercert(binary_form=True) or b""
-        connection = http.client.HTTPConnection("127.0.0.1", port)
-        connection.sock = tls
-        connection.request("GET", path)
-        response = connection.getresponse()
-        body = response.read()
-        if response.status != http.HTTPStatus.OK:
-            raise http.client.HTTPException(f"GET {path}: {response.status} {response.reason}")
-        return Answer(json.loads(body), server_der)
-
-
-def refuses(port: int, credentials: Credentials, client_pem: str | None, timeout: float) -> bool:
-    """Tell whether the agent ends the connection of a client instead of answering it.
-
-    In TLS 1.3 the refusal comes after the client's handshake, with the first read. A silent agent
-    has refused nobody: no connection and no answer in time are errors.
-
-    :param client_pem: as for :func:`ask`.
-    :raises OSError: no connection, or no answer in time.
-    :raises ssl.SSLCertVerificationError: it is not the amphora that answers.
-    """
-    try:
-        ask(port, "/", credentials, client_pem=client_pem, timeout=timeout)
-    except ssl.SSLCertVerificationError:
-        raise
-    except (ssl.SSLError, ConnectionResetError, BrokenPipeError):
-        return True
-    except (http.client.HTTPException, ValueError):
-        return False
-    return False
-
-
-def _name(common_name: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
-
-
-def _new_key() -> rsa.RSAPrivateKey:
-    return rsa.generate_private_key(public_exponent=65537, key_size=2048)
-
-
-def _certificate_pem(certificate: x509.Certificate) -> str:
-    return certificate.public_bytes(serialization.Encoding.PEM).decode()
-
-
-def _builder(
-    name: str, key: rsa.RSAPrivateKey, *, issuer: x509.Name, usages: set[str], ca: bool
-) -> x509.CertificateBuilder:
-    """Start a certificate with what an authority's and a peer's have in common (RFC 5280)."""
-    now = datetime.datetime.now(datetime.UTC)
-    key_usage = x509.KeyUsage(**{usage: usage in usages for usage in _KEY_USAGES})
-    return (
-        x509.CertificateBuilder()
-        .subject_name(_name(name))
-        .issuer_name(issuer)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - _CLOCK_SKEW)
-        .not_valid_after(now + _LIFETIME)
-        .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
-        .add_extension(key_usage, critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+def _amphora(number: int) -> Any:
+    return models.Amphora(
+        id=str(uuid.uuid4()),
+        status=constants.AMPHORA_ALLOCATED,
+        lb_network_ip=f"127.0.0.{number + 1}",
+        vrrp_ip=network.VRRP_IPS[number],
+        ha_ip=network.VIP,
+        vrrp_port_id=str(uuid.uuid4()),
+        ha_port_id=str(uuid.uuid4()),
+        role=(constants.ROLE_MASTER, constants.ROLE_BACKUP)[number],
+        vrrp_interface=VIP_INTERFACE,
+        vrrp_id=1,
+        vrrp_priority=(constants.ROLE_MASTER_PRIORITY, constants.ROLE_BACKUP_PRIORITY)[number],
     )

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -13,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from amphora_image import boot
-from amphora_image.errors import BootFailed
+from amphora_image import boot, container, network, proof
+from amphora_image.page import write_page
+from amphora_image.report import Milestone, Report, Span
 
 
 @pytest.fixture(autouse=True)
@@ -40,26 +43,39 @@ def machines_of(image: Path) -> list[str]:
     return found
 
 
-def test_debian_amphora_serves_its_controller_alone(
-    debian_image: Path, tmp_path: Path, scratch: Path
+@pytest.mark.parametrize("topology", proof.TOPOLOGIES)
+def test_debian_amphorae_balance_load(
+    debian_image: Path, tmp_path: Path, scratch: Path, topology: str
 ) -> None:
-    """The image boots to an agent that serves the controller and refuses all others."""
+    """Amphorae of the image do all that Octavia wants, and leave nothing behind."""
     before = debian_image.stat()
-    report = boot.prove(debian_image, log=tmp_path / "serial.log")
-    seconds = [value for value in report.milestones.values() if value is not None]
-    assert list(report.milestones) == [
-        "kernel starts",
-        "systemd starts",
-        "agent answers",
-        "strangers refused",
-    ]
-    assert len(seconds) == len(report.milestones)
+    log = tmp_path / "serial.log"
+    count, steps = proof.TOPOLOGIES[topology]
+    report = proof.prove(debian_image, log=log, topology=topology)
+    assert report.failure == ""
+    names = [each.name for each in report.milestones]
+    seconds = [each.seconds for each in report.milestones if each.seconds is not None]
+    assert names == [*boot.SERIAL_MILESTONES, *steps]
+    assert len(seconds) == len(names)
     assert seconds == sorted(seconds)
     assert report.agent["api_version"] == "1.0"
     assert str(report.agent["hostname"]).startswith("amphora-")
-    assert "Linux version" in (tmp_path / "serial.log").read_text()
+    assert report.units
+    logs = list(tmp_path.glob("serial.log*"))
+    assert len(logs) == count
+    assert all("Linux version" in log.read_text() for log in logs)
     assert debian_image.stat().st_mtime_ns == before.st_mtime_ns
     assert not machines_of(debian_image)
+    assert not list(scratch.iterdir())
+
+
+def test_debian_tar_balances_load(debian_image: Path, scratch: Path) -> None:
+    """The HAProxy of the image's tar file balances load in a container, which is gone then."""
+    report = container.prove(debian_image.with_suffix(".tar"))
+    assert report.failure == ""
+    names = [each.name for each in report.milestones]
+    assert names == ["imported", "HAProxy starts", "HTTP balanced"]
+    assert str(scratch) not in Path("/proc/mounts").read_text()
     assert not list(scratch.iterdir())
 
 
@@ -78,10 +94,11 @@ def test_disk_that_does_not_boot_fails_at_once(
     """The firmware's own words end the wait, and nothing but the log is left."""
     log = tmp_path / "serial.log"
     began = time.monotonic()
-    with pytest.raises(BootFailed, match="No bootable device") as failure:
-        boot.prove(empty_disk, log=log, accel="tcg", timeout=120)
+    report = proof.prove(empty_disk, log=log, accel="tcg", timeout=120)
     assert time.monotonic() - began < 60
-    assert str(log) in (failure.value.hint or "")
+    assert "agent answers: the machine stopped" in report.failure
+    assert "No bootable device" in report.failure
+    assert report.missing == list(proof.SINGLE)[1:]
     assert "No bootable device" in log.read_text()
     assert not machines_of(empty_disk)
     assert not list(scratch.iterdir())
@@ -91,17 +108,18 @@ def test_damaged_image_fails_with_qemus_own_words(tmp_path: Path) -> None:
     """What QEMU says of an image that it cannot open is in the message."""
     image = tmp_path / "a.qcow2"
     image.write_bytes(b"no disk image at all")
-    with pytest.raises(BootFailed, match=r"QEMU ended with 1(.|\n)*not in qcow2 format"):
-        boot.prove(image, log=tmp_path / "serial.log", accel="tcg", timeout=60)
+    report = proof.prove(image, log=tmp_path / "serial.log", accel="tcg", timeout=60)
+    assert re.search(r"QEMU ended with 1(.|\n)*not in qcow2 format", report.failure)
 
 
 def test_machine_dies_with_whoever_started_it(empty_disk: Path, tmp_path: Path) -> None:
     """QEMU does not outlive its starter, even one that is killed and can undo nothing."""
     program = (
-        "import pathlib, sys, time; from amphora_image import boot\n"
+        "import pathlib, sys, time; from amphora_image import boot, network\n"
         "image, log = map(pathlib.Path, sys.argv[1:])\n"
-        "with boot.power_on(image, {}, accelerator='tcg', log=log) as machine:\n"
-        "    machine.wait('QEMU', machine.agent_port, 60)\n"
+        "with network.isolated(), "
+        "boot.power_on(image, {}, accelerator='tcg', log=log) as machine:\n"
+        "    machine.wait('QEMU', lambda: machine.qmp('query-status'), 60)\n"
         "    print('on', flush=True)\n"
         "    time.sleep(60)\n"
     )
@@ -116,6 +134,54 @@ def test_machine_dies_with_whoever_started_it(empty_disk: Path, tmp_path: Path) 
     while machines_of(empty_disk) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not machines_of(empty_disk)
+
+
+def test_networks_are_the_proofs_own() -> None:
+    """In the block there is the proof's bridge alone; afterwards all is as before."""
+
+    def links() -> set[str]:
+        return {path.name for path in Path("/proc/sys/net/ipv4/conf").iterdir()}
+
+    before = links()
+    with network.isolated():
+        network.add_tap("vip1")
+        assert links() == {"all", "default", "lo", "vip", "vip1"}
+        with socket.create_server((network.GATEWAY, 80)) as server:
+            socket.create_connection(server.getsockname(), timeout=5).close()
+    assert links() == before
+
+
+REPORT = Report(
+    image="a.qcow2",
+    accelerator="tcg",
+    topology="single",
+    serial_log="a.log",
+    milestones=[Milestone("kernel starts", 1.0), Milestone("agent answers", 60.0, "api_version 1")],
+    missing=["HTTP balanced"],
+    units=[Span("cloud-init.service", 5.0, 25.0)],
+    failure="HTTP balanced: timed out",
+)
+
+
+def test_page_in_a_browser(tmp_path: Path) -> None:
+    """A browser shows the page: its tables are whole, its bars have their widths."""
+    page, picture = tmp_path / "proof.html", tmp_path / "proof.png"
+    write_page(REPORT, page)
+    script = """<script>
+    const bars = [...document.querySelectorAll(".bar")].map(bar => bar.getBoundingClientRect());
+    document.title = [document.querySelectorAll("tr").length, bars.length,
+                      bars.every(bar => bar.width >= 2 && bar.height > 5),
+                      Math.round(bars[1].left - bars[0].right),
+                      getComputedStyle(document.querySelector(".verdict")).backgroundColor,
+                      document.body.scrollWidth <= window.innerWidth].join();
+    </script>"""
+    page.write_text(page.read_text() + script)
+    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1000,800"]
+    browser += [f"--user-data-dir={tmp_path}/profile", f"file://{page}"]
+    dom = subprocess.check_output([*browser, "--dump-dom"], text=True, timeout=120)
+    assert "<title>6,3,true,0,rgb(179, 38, 30),true</title>" in dom
+    subprocess.check_call([*browser, f"--screenshot={picture}"], timeout=120)
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_config_drive_is_what_cloud_init_looks_for(tmp_path: Path) -> None:

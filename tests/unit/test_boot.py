@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from amphora_image import boot
 from amphora_image.errors import BadValue, BootFailed, HostError
@@ -68,7 +68,7 @@ def test_config_drive_is_laid_out_as_by_nova() -> None:
     ]
     assert (drive["openstack/content/0000"], drive["openstack/content/0001"]) == ("B", "A")
     assert drive["openstack/latest/user_data"] == "#cloud-config\n"
-    assert network["links"][0]["ethernet_mac_address"] == boot.MANAGEMENT_MAC
+    assert network["links"][0]["ethernet_mac_address"] == boot.MANAGEMENT_MAC.format(1)
     assert network["networks"][0]["type"] == "ipv4_dhcp"
 
 
@@ -219,13 +219,34 @@ def test_unknown_accelerator_is_a_bad_value() -> None:
         boot.choose_accelerator(Path("/a.qcow2"), "xen")
 
 
-def test_report_is_a_table_and_json() -> None:
-    """The report shows every milestone, seen or not, and its JSON holds the same."""
-    milestones = {"kernel starts": None, "agent answers": 40.25}
-    report = boot.Report("a.qcow2", "tcg", milestones, {"api_version": "1.0"}, "a.log")
-    console = Console(width=80)
-    with console.capture() as capture:
-        console.print(report)
-    shown = capture.get()
-    assert all(text in shown for text in ("not seen", "40.2", "api_version 1.0", "under tcg"))
-    assert json.loads(report.json())["milestones"] == milestones
+def test_machines_of_a_pair_differ() -> None:
+    """The second amphora has another address for its agent and another card."""
+    first, second = (boot.qemu_argv(Path("/a.raw"), "tcg", number) for number in (1, 2))
+    different = [(one, two) for one, two in zip(first, second, strict=True) if one != two]
+    assert [
+        two.replace("127.0.0.2", "127.0.0.1").replace(":02,", ":01,") for _, two in different
+    ] == [one for one, _ in different]
+    assert len(different) == 2
+
+
+def test_journal_is_told_with_a_failure(machine: boot.Machine) -> None:
+    """What the journal has of the failure follows what the console has."""
+    machine.lines.append((1.0, "[FAILED] Failed to start a.service"))
+    journal = machine.qmp_socket.with_name("journal.log")
+    journal.write_text("[ 1.0] lb a[3]: fine\n" * 50 + "[ 2.0] lb a[3]: permission denied\n")
+    said = str(machine.failure("no answer")).splitlines()
+    assert said[:3] == ["no answer", "  [FAILED] Failed to start a.service", "  the journal:"]
+    assert said[-1] == "  [ 2.0] lb a[3]: permission denied"
+    assert len(said) < 20
+
+
+def test_units_for_the_proof_come_by_smbios() -> None:
+    """The amphora's systemd gets each unit whole, as a credential that is binary."""
+    argv = boot.qemu_argv(Path("/a.raw"), "tcg")
+    strings = [word for word, before in zip(argv[1:], argv, strict=False) if before == "-smbios"]
+    prefix = "type=11,value=io.systemd.credential.binary:"
+    units = dict(string.removeprefix(prefix).split("=", 1) for string in strings)
+    assert {name: base64.b64decode(text).decode() for name, text in units.items()} == (
+        boot.CREDENTIALS
+    )
+    assert not any("," in text for text in units.values())

@@ -7,12 +7,12 @@ import io
 import json
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from amphora_image import cli
+from amphora_image import cli, container, proof
 from amphora_image.errors import (
     AmphoraImageError,
     BadValue,
@@ -22,6 +22,7 @@ from amphora_image.errors import (
     Interrupted,
 )
 from amphora_image.host import Host
+from amphora_image.report import Milestone, Report
 from amphora_image.request import ImageType, Request
 
 TEXT = "allowed is a number of gigabytes up to 2048, such as 2 or 2.5"
@@ -423,3 +424,34 @@ def test_values_that_are_no_files_are_looked_at_nowhere(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(cli.host, "look", look)
     assert cli.diskimage_create(["-s", "0"]) == 3
+
+
+@pytest.mark.usefixtures("here")
+def test_failed_proof(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A failed boot proof is reported in every form that was asked for, and the exit code is 5."""
+    report = Report("a.qcow2", "tcg", "single", "a.log", failure="UDP balanced: timed out")
+    monkeypatch.setattr(proof, "prove", lambda *_, **__: report)
+    assert cli.main(["boot", "a.qcow2", "--json", "--report", "a.html"]) == 5
+    out, err = capsys.readouterr()
+    assert json.loads(out)["failure"] == "UDP balanced: timed out"
+    assert "error: UDP balanced: timed out" in err
+    assert "a.qcow2.serial.log" in err
+    assert "timed out" in (here / "a.html").read_text()
+
+
+def test_container_proof(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tar file is proved with podman, and its milestones are told as they are reached."""
+
+    def prove(tar: Path, *, tell: Callable[[Milestone], None]) -> Report:
+        tell(Milestone("imported", 2.5))
+        return Report(str(tar), "podman", "container", "")
+
+    monkeypatch.setattr(container, "prove", prove)
+    assert cli.main(["boot", "--container", "a.tar"]) == 0
+    out, err = capsys.readouterr()
+    assert "a.tar, container, under podman: passed" in out
+    assert "2.5 s  imported" in err
