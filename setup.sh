@@ -11,10 +11,11 @@ fail() {
     exit 2
 }
 
-# bindep.txt has the packages of every use; those of another profile than ours are left out.
+# bindep.txt has the packages of every use; those of another profile or system are left out.
 packages_of() {
-    local profile=$1
-    sed -nE "s/^([a-z0-9.+-]+) \[platform:dpkg( $profile)?\]$/\1/p" "$checkout/bindep.txt"
+    local profile=$1 system
+    system=$(. /etc/os-release && echo "$ID")
+    sed -nE "s/^([a-z0-9.+-]+) \[platform:(dpkg|$system)( $profile)?\]$/\1/p" "$checkout/bindep.txt"
 }
 
 require_packages() {
