@@ -9,5 +9,5 @@ source "$(dirname "$(readlink -f "$0")")/setup.sh"
 
 require_packages run
 # What the tests need includes all that a build needs.
-cmp -s "$checkout/requirements/dev.txt" "$venv/.lock-dev" || require_venv run
+is_made dev || require_venv run
 exec "$venv/bin/diskimage-create.sh" "$@"

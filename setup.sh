@@ -38,11 +38,19 @@ require_packages() {
     fi
 }
 
-# The venv is as the lock says; a stamp beside it tells which lock that was.
+# What the venv is made of: the lock, and the project's own commands and plug-ins.
+recipe_of() {
+    cat "$checkout/requirements/$1.txt" "$checkout/pyproject.toml"
+}
+
+is_made() {
+    recipe_of "$1" | cmp -s - "$venv/.made-$1" && [ -x "$venv/bin/amphora-image" ]
+}
+
+# The venv is as its recipe says; a stamp in it tells which recipe that was.
 require_venv() {
+    ! is_made "$1" || return 0
     local lock=$checkout/requirements/$1.txt
-    local stamp=$venv/.lock-$1
-    cmp -s "$lock" "$stamp" && [ -x "$venv/bin/amphora-image" ] && return 0
     if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
         fail "python3 is missing or older than 3.11" "install Python 3.11 or newer"
     fi
@@ -60,5 +68,5 @@ require_venv() {
     "${uv[@]}" sync --compile-bytecode --python "$venv/bin/python" --require-hashes "$lock"
     "${uv[@]}" install --python "$venv/bin/python" --no-deps --no-build-isolation \
         --editable "$checkout"
-    cp "$lock" "$stamp"
+    recipe_of "$1" > "$venv/.made-$1"
 }

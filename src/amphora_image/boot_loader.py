@@ -9,9 +9,7 @@ sector at which the rest of it follows (GRUB sources: ``include/grub/i386/pc/boo
 
 from __future__ import annotations
 
-import argparse
 import struct
-import sys
 from pathlib import Path
 
 from amphora_image.errors import AmphoraImageError
@@ -44,43 +42,26 @@ def embed(boot_image: bytes, core_image: bytes, first_sector: int) -> tuple[byte
     return bytes(boot_code[:BOOT_CODE_SIZE]), bytes(core)
 
 
-def install(grub: Path, disk: Path, partition: Path, first_sector: int) -> None:
+def install(grub: Path, disk: Path, start: int, room: int) -> None:
     """Write GRUB to a disk and its BIOS boot partition.
 
     :param grub: directory that holds ``boot.img`` and ``core.img``.
-    :param disk: the disk's device or image file.
-    :param partition: the device of the BIOS boot partition.
-    :param first_sector: the sector at which that partition starts.
-    :raises AmphoraImageError: the core image does not fit the partition.
+    :param disk: the disk's file.
+    :param start: offset of the BIOS boot partition, bytes.
+    :param room: its size, bytes.
+    :raises AmphoraImageError: GRUB is not there, or the core image does not fit the partition.
     """
+    missing = [name for name in ("boot.img", "core.img") if not (grub / name).is_file()]
+    if missing:
+        raise AmphoraImageError(
+            f"the image has no /boot/grub/{missing[0]}", hint="amphora-disk makes it"
+        )
     boot_code, core = embed(
-        (grub / "boot.img").read_bytes(), (grub / "core.img").read_bytes(), first_sector
+        (grub / "boot.img").read_bytes(), (grub / "core.img").read_bytes(), start // SECTOR
     )
-    with partition.open("r+b") as device:
-        room = device.seek(0, 2)
-        if len(core) > room:
-            raise AmphoraImageError(
-                f"core.img has {len(core)} bytes, its partition {room}",
-                hint="make the BIOS boot partition larger in the block-device YAML",
-            )
-        device.seek(0)
-        device.write(core)
-    with disk.open("r+b") as device:
-        device.write(boot_code)
-
-
-def main() -> None:
-    """Install GRUB for the element ``amphora-disk``."""
-    parser = argparse.ArgumentParser(prog="python -m amphora_image.boot_loader")
-    parser.add_argument("grub", type=Path)
-    parser.add_argument("disk", type=Path)
-    parser.add_argument("partition", type=Path)
-    parser.add_argument("first_sector", type=int)
-    try:
-        install(**vars(parser.parse_args()))
-    except AmphoraImageError as error:
-        sys.exit(f"boot loader: {error}")
-
-
-if __name__ == "__main__":
-    main()
+    if len(core) > room:
+        raise AmphoraImageError(f"core.img has {len(core)} bytes, its partition {room}")
+    with disk.open("r+b") as file:
+        file.write(boot_code)
+        file.seek(start)
+        file.write(core)

@@ -17,21 +17,14 @@ from types import FrameType
 
 from rich.console import Console
 
-from amphora_image import host, manifest, sandbox
+from amphora_image import host, image_files, manifest, sandbox
 from amphora_image.errors import AmphoraImageError, Interrupted
 from amphora_image.log import BuildLog, hint_for, that_matter
 from amphora_image.plan import Plan
-from amphora_image.request import ImageType, Request
+from amphora_image.request import GIB, ImageType, Request
 from amphora_image.run import run
 from amphora_image.sandbox import Command
 from amphora_image.workspace import SIGNALS, Workspace, undisturbed, workspace
-
-#: How qemu-img makes each format of the raw disk.
-CONVERSIONS: Mapping[ImageType, tuple[str, ...]] = {
-    ImageType.QCOW2: ("-O", "qcow2", "-c", "-m", "4", "-W", "-o", "compression_type=zstd"),
-    ImageType.RAW: ("-O", "raw"),
-    ImageType.VHD: ("-O", "vpc", "-o", "subformat=dynamic,force_size=on"),
-}
 
 
 def build(request: Request, plan: Plan, console: Console) -> list[Path]:
@@ -122,10 +115,15 @@ def _commands(
     env["DIB_PYTHON_EXEC"] = _python_of_scripts(python, space)
     here = str(space.root)
     work = str(space.work)
+    source = image_files.Source(space.work, request.qemu_img_options)
+    size = int(request.size * GIB)
+    env["AMPHORA_TREE"] = str(source.tree)
     return [
         Command(["mkdir", "-p", work], env, here),
         Command(disk_image_create, env, work),
-        *(Command(_conversion(kind, path), env, work) for kind, path in partial.items()),
+        Command(
+            [python, *image_files.argv(source, partial, size, request.architecture)], env, work
+        ),
     ]
 
 
@@ -138,12 +136,6 @@ def _python_of_scripts(python: str, space: Workspace) -> str:
     wrapper.write_text(f'#!/bin/sh\nLC_ALL=C.UTF-8 exec {python} "$@"\n')
     wrapper.chmod(0o700)
     return str(wrapper)
-
-
-def _conversion(kind: ImageType, path: Path) -> list[str]:
-    if kind is ImageType.TAR:
-        return ["cp", "image.tar", str(path)]
-    return ["qemu-img", "convert", "-f", "raw", *CONVERSIONS[kind], "image.raw", str(path)]
 
 
 def _build_environment(

@@ -108,6 +108,11 @@ def _add_build_options(parser: argparse.ArgumentParser) -> None:
     add("-w", "--working-dir", default=".", metavar="DIR", help="working directory (default: .)")
     add("-x", "--trace", action="store_true", help="trace the elements' scripts in the log")
     add("-y", "--fips", action="store_true", help="FIPS 140 mode")
+    add(
+        "--qemu-img-options",
+        metavar="OPTIONS",
+        help="of a qcow2; compression_type=zlib for hosts with a QEMU before 5.1 (default: zstd)",
+    )
     add("--offline", action="store_true", help="use what is cached only")
     add("--json", action="store_true", help="the result as JSON on standard output")
     add("--quiet", action="store_true", help="no progress")
@@ -233,6 +238,7 @@ def read_request(args: argparse.Namespace, env: Mapping[str, str], machine: str)
         cache_dir=_cache_dir(args.cache_dir, env),
         kernel=args.kernel,
         log_file=_file("-l (log file)", args.log_file) if args.log_file else None,
+        qemu_img_options=args.qemu_img_options or "",
         root_password=_root_password(args.root_password),
         mandatory_access=args.mandatory_access_control,
         on_disk=args.on_disk or _flag(env, "DIB_NO_TMPFS", default=False),

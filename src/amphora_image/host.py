@@ -27,7 +27,6 @@ OUTPUT_SPACE = GIB
 TOOLS: Mapping[str, str] = {
     "chroot": "coreutils",
     "fstrim": "util-linux",
-    "losetup": "mount",
     "mkfs.ext4": "e2fsprogs",
     "mount": "mount",
     "openssl": "openssl",
@@ -144,7 +143,7 @@ def require(request: Request) -> None:
     """Refuse at once what cannot work on this machine.
 
     :raises HostError: the first of: not root, a tool or the archive's keys are missing, no
-        private namespaces, no loop devices, too little memory or space.
+        private namespaces, too little memory or space.
     """
     if os.geteuid() != 0:
         raise HostError("building an image needs root", hint="run the same command with sudo")
@@ -152,7 +151,6 @@ def require(request: Request) -> None:
     _require_keyring(request)
     _require_architecture(request.architecture, platform.machine())
     _require_namespaces()
-    _require_loop_devices()
     if available_memory() < BUILD_MEMORY:
         raise HostError(
             f"{available_memory() // 2**20} MiB of memory are free; "
@@ -208,16 +206,6 @@ def _require_namespaces() -> None:
         raise HostError(
             f"no private mount and PID namespaces here: {error}",
             hint="in a container, run it with --privileged",
-        ) from error
-
-
-def _require_loop_devices() -> None:
-    try:
-        run(["losetup", "--find"])
-    except AmphoraImageError as error:
-        raise HostError(
-            f"no loop devices here: {error}",
-            hint="modprobe loop; in a container, run it with --privileged",
         ) from error
 
 

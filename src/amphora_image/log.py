@@ -22,16 +22,12 @@ PHASES = {
     "install": "installation",
     "post-install": "after installation",
     "post-root": "after installation",
-    "block-device": "disk",
-    "pre-finalise": "disk",
+    "pre-finalise": "boot loader",
     "finalise": "boot loader",
     "cleanup": "clean-up",
 }
-CONVERT = "image files"
-
 _SCRIPT = re.compile(r"dib-run-parts Running \S*/([a-z-]+)\.d/(\S+)$")
-_CREATE_DISK = re.compile(r"dib-block-device|Create image file|Calculating image size")
-_CONVERT = re.compile(r"Build completed successfully")
+_OURS = re.compile(r"phase: (.+)")
 _DOING = re.compile(r"^(Setting up|Unpacking|Get:\d+|Selecting|I: |Prepared|Installed) ?(.*)$")
 
 #: Lines that tell nothing about a failure: shell traces, DIB's timing tables, apt's progress.
@@ -46,7 +42,8 @@ HINTS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), hint)
     for pattern, hint in (
         (
-            r"No space left on device|cannot copy extracted data|Disk quota exceeded",
+            r"No space left on device|cannot copy extracted data|Disk quota exceeded"
+            r"|Could not allocate (block|inode) in ext2 filesystem",
             "no space: make the image larger (-s), or build on a disk with room (-f -w DIRECTORY)",
         ),
         (
@@ -88,16 +85,14 @@ def that_matter(lines: Iterable[str], most: int = 30) -> list[str]:
 
 
 def phase_of(line: str) -> tuple[str, str] | None:
-    """Return the phase that a line of diskimage-builder's output begins, and its script."""
+    """Return the phase that a line begins, diskimage-builder's or our own, and its script."""
     if line.startswith("+"):  # the shell's trace (-x) says what is run, not what has begun
         return None
     if match := _SCRIPT.search(line):
         phase, script = match.groups()
         return PHASES.get(phase, phase), script
-    if _CONVERT.search(line):
-        return CONVERT, ""
-    if _CREATE_DISK.search(line):
-        return PHASES["block-device"], ""
+    if match := _OURS.fullmatch(line):
+        return match[1], ""
     return None
 
 

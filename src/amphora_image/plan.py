@@ -12,13 +12,11 @@ from typing import Any
 from amphora_image import agent
 from amphora_image.errors import BadValue
 from amphora_image.host import Host
+from amphora_image.image_files import DISK_TYPES
 from amphora_image.request import Architecture, BaseOS, ImageType, Request
 
 #: The directory of our own elements.
 ELEMENTS = Path(__file__).parent / "elements"
-
-#: File formats that are made from the raw disk once diskimage-builder is done.
-DISK_TYPES = frozenset({ImageType.QCOW2, ImageType.RAW, ImageType.VHD})
 
 SECRET = "***"  # noqa: S105  # what is shown in its place
 
@@ -72,13 +70,16 @@ def _always(_: Request) -> bool:
     return True
 
 
+#: With this element DIB makes a tree and no disk.
+OUR_DISK = "amphora-disk"
+
 #: What makes a root file system an amphora: the element, and the requests that want it.
 ELEMENT_ROWS: tuple[tuple[str, Callable[[Request], bool]], ...] = (
     ("amphora-agent", _always),
     ("amphora-certificates", _always),
     ("amphora-cloud-init", _always),
     ("amphora-cpu-pinning", lambda request: request.cpu_pinning),
-    ("amphora-disk", _always),
+    (OUR_DISK, _always),
     ("amphora-fips", lambda request: request.fips),
     ("amphora-haproxy", _always),
     ("amphora-initramfs", lambda request: request.debian_family),
@@ -173,19 +174,23 @@ def _elements(request: Request) -> tuple[str, ...]:
 
 
 def _options(request: Request) -> tuple[str, ...]:
-    # Every disk format is made from the raw one, at once and by all cores, when DIB is done.
-    wants_disk = not DISK_TYPES.isdisjoint(request.image_types)
-    types = [*(["tar"] if ImageType.TAR in request.image_types else [])]
-    types += ["raw"] if wants_disk else []
     names = DEBIAN_ARCHITECTURE if request.debian_family else {}
     architecture = names.get(request.architecture, str(request.architecture))
     return (
         # -n: no "base" element, whose packages an amphora does not need
-        *("-n", "-a", architecture, "-o", "image", "-t", ",".join(types)),
+        *("-n", "-a", architecture, "-o", "image", "-t", ",".join(_types(request))),
         *("--image-size", str(request.size)),
         *(["-x"] if request.trace else []),
         *(["--offline"] if request.offline else []),
     )
+
+
+def _types(request: Request) -> list[str]:
+    """Return what DIB makes: with our disk a tree only, with others' what all types are made of."""
+    ours = not request.environment.elements or OUR_DISK in request.environment.elements
+    wants_disk = not DISK_TYPES.isdisjoint(request.image_types)
+    wants_tar = ImageType.TAR in request.image_types and not ours
+    return [*(["tar"] if wants_tar else []), *(["raw"] if wants_disk or ours else [])]
 
 
 def _environment(request: Request, host: Host) -> dict[str, str]:

@@ -209,6 +209,7 @@ class Request:
 
     :ivar size: of the disk, GiB.
     :ivar output: absolute path without the type's suffix.
+    :ivar qemu_img_options: of a qcow2, as of ``qemu-img create -o``.
     :ivar root_password: clear text; never shown.
     """
 
@@ -224,6 +225,7 @@ class Request:
     size: Decimal = Decimal(5)
     kernel: str | None = None
     log_file: Path | None = None
+    qemu_img_options: str = ""
     root_password: str | None = field(default=None, repr=False)
     mandatory_access: bool = False
     on_disk: bool = False

@@ -22,20 +22,24 @@ from amphora_image import plan
 from amphora_image.request import GIB
 
 DATA = Path(__file__).parents[1] / "data"
-ELEMENTS = "tiny-os tiny-disk faults amphora-manifest"
+ELEMENTS = "tiny-os amphora-disk faults amphora-manifest"
 SIZE = 1.5 * GIB
 
 #: What the disk of the tests takes from the real one, which has a boot loader besides.
-SHARED_WITH_DISK = ("block-device-default.yaml", "cleanup.d/95-amphora-disk")
+SHARED_WITH_DISK = ("block-device-default.yaml", "cleanup.d/95-amphora-disk", "element-deps")
 
 #: What diskimage-builder's phases and the tests' elements call in the chroot.
 PROGRAMS = """
     awk basename bash cat date dd dirname env find grep mkdir mktemp rm rmdir sed setsid sleep sort
 """
 DIRECTORIES = """
-    boot dev etc lib/diskimage-builder proc root run sys tmp usr/bin usr/lib64 var/lib/dpkg var/log
+    boot/grub dev etc lib/diskimage-builder proc root run sys tmp usr/bin usr/lib64 var/lib/dpkg
+    var/log
 """
 FILES = {
+    # What looks like a boot loader.
+    "boot/grub/boot.img": "x" * 510 + "\x55\xaa",
+    "boot/grub/core.img": "x" * 513,
     "etc/os-release": "ID=tiny\n",
     "var/lib/dpkg/status": (
         "Package: tiny\nStatus: install ok installed\nVersion: 1.0\nArchitecture: all\n"
@@ -63,7 +67,7 @@ def make_elements(directory: Path) -> Elements:
     elements = Elements(directory / "elements", directory / "root.tar")
     shutil.copytree(DATA / "elements", elements.path)
     for part in SHARED_WITH_DISK:
-        target = elements.path / "tiny-disk" / part
+        target = elements.path / "amphora-disk" / part
         target.parent.mkdir(exist_ok=True)
         shutil.copy(plan.ELEMENTS / "amphora-disk" / part, target)
     tree = directory / "root"
@@ -72,7 +76,7 @@ def make_elements(directory: Path) -> Elements:
     for name in ("bin", "lib64"):
         (tree / name).symlink_to(f"usr/{name}")
     for name, text in FILES.items():
-        (tree / name).write_text(text)
+        (tree / name).write_text(text, encoding="latin-1")
     for program in PROGRAMS.split():
         _copy_program(program, tree)
     (tree / "usr/bin/sh").symlink_to("bash")

@@ -56,38 +56,29 @@ def grub(tmp_path: Path) -> Path:
 
 
 def test_install(grub: Path, tmp_path: Path) -> None:
-    """The disk keeps its signature and partition table, the partition what is behind GRUB."""
-    disk, partition = tmp_path / "disk", tmp_path / "partition"
-    disk.write_bytes(b"d" * 2048)
-    partition.write_bytes(b"p" * 2048)
-    boot_loader.install(grub, disk, partition, 2048)
-    boot_code, core = embed(b"B" * 510 + b"\x55\xaa", b"C" * 1000, 2048)
-    assert disk.read_bytes() == boot_code + b"d" * (2048 - BOOT_CODE_SIZE)
-    assert partition.read_bytes() == core + b"p" * (2048 - len(core))
+    """The disk keeps its signature, its partition table and what is behind GRUB."""
+    disk = tmp_path / "disk"
+    disk.write_bytes(b"d" * 8192)
+    boot_loader.install(grub, disk, 4096, 2048)
+    boot_code, core = embed(b"B" * 510 + b"\x55\xaa", b"C" * 1000, 4096 // SECTOR)
+    expected = bytearray(b"d" * 8192)
+    expected[: len(boot_code)] = boot_code
+    expected[4096 : 4096 + len(core)] = core
+    assert disk.read_bytes() == expected
 
 
-def test_install_where_there_is_no_room(
-    grub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A partition that is too small stays as it is, and so does the disk."""
-    disk, partition = tmp_path / "disk", tmp_path / "partition"
-    disk.write_bytes(b"d" * 2048)
-    partition.write_bytes(b"p" * 999)
-    argv = ["boot_loader", *map(str, (grub, disk, partition, 2048))]
-    monkeypatch.setattr(boot_loader.sys, "argv", argv)
-    with pytest.raises(SystemExit, match=r"core\.img has 1000 bytes, its partition 999"):
-        boot_loader.main()
-    assert disk.read_bytes() == b"d" * 2048
-    assert partition.read_bytes() == b"p" * 999
+def test_install_where_there_is_no_room(grub: Path, tmp_path: Path) -> None:
+    """A disk whose partition is too small stays as it is."""
+    disk = tmp_path / "disk"
+    disk.write_bytes(b"d" * 8192)
+    with pytest.raises(AmphoraImageError, match=r"core\.img has 1000 bytes, its partition 999"):
+        boot_loader.install(grub, disk, 4096, 999)
+    assert disk.read_bytes() == b"d" * 8192
 
 
-def test_main(grub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The element's command installs."""
-    disk, partition = tmp_path / "disk", tmp_path / "partition"
-    disk.write_bytes(bytes(2048))
-    partition.write_bytes(bytes(2048))
-    argv = ["boot_loader", *map(str, (grub, disk, partition, 2048))]
-    monkeypatch.setattr(boot_loader.sys, "argv", argv)
-    boot_loader.main()
-    assert disk.read_bytes()[:1] == b"B"
-    assert partition.read_bytes()[:1] == b"C"
+@pytest.mark.parametrize("name", ["boot.img", "core.img"])
+def test_install_without_grub(grub: Path, tmp_path: Path, name: str) -> None:
+    """A tree without GRUB is told by the file that is missing."""
+    (grub / name).unlink()
+    with pytest.raises(AmphoraImageError, match=f"no /boot/grub/{name}"):
+        boot_loader.install(grub, tmp_path / "disk", 4096, 2048)

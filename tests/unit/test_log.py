@@ -27,13 +27,12 @@ LINES = {
     "dib-run-parts Running /tmp/in_target.d/install.d/01-package-installs": "installation",
     "dib-run-parts Running /tmp/in_target.d/post-install.d/00-packages": "after installation",
     f"dib-run-parts Running {WORK}/hooks/post-root.d/10-x": "after installation",
-    "Calculating image size (this may take a minute)...": "disk",
-    f"INFO diskimage_builder.block_device.level0.localloop [-] Create image file [{WORK}]": "disk",
-    f"dib-run-parts Running {WORK}/hooks/block-device.d/10-x": "disk",
-    f"dib-run-parts Running {WORK}/hooks/pre-finalise.d/10-x": "disk",
+    f"dib-run-parts Running {WORK}/hooks/pre-finalise.d/10-x": "boot loader",
     "dib-run-parts Running /tmp/in_target.d/finalise.d/60-amphora-disk": "boot loader",
     f"dib-run-parts Running {WORK}/hooks/cleanup.d/20-amphora-manifest": "clean-up",
-    "Build completed successfully": "image files",
+    # Our own.
+    "phase: disk": "disk",
+    "phase: image files": "image files",
     "dib-run-parts Running /tmp/in_target.d/some-new-phase.d/10-x": "some-new-phase",
     # What tells of no phase.
     "diskimage-builder version 3.43.0": None,
@@ -45,6 +44,7 @@ LINES = {
     "Copying hooks /elements/amphora-disk/finalise.d/60-amphora-disk": None,
     f"Unmount {WORK}/mnt/sys": None,
     "Image file image.raw created...": None,
+    "Build completed successfully": None,
     # What only looks so in a trace (-x).
     "+ disk-image-create:main:334:   python3 /lib/dib-block-device.py init": None,
     "+++ disk-image-create:main:338:   python3 /lib/dib-block-device.py getval root-label": None,
@@ -186,7 +186,7 @@ BUILD = [
     "Get:1 http://mirror.example.org/debian trixie InRelease [140 kB]",
     f"dib-run-parts Running {WORK}/hooks/root.d/50-trim-dpkg",
     "dib-run-parts Running /tmp/in_target.d/finalise.d/60-amphora-disk",
-    "Build completed successfully",
+    "phase: image files",
 ]
 
 

@@ -20,6 +20,7 @@ case "${TINY_FAULT:-}" in
         setsid --fork bash -c 'trap "" TERM HUP INT; exec sleep 302' > /dev/null 2>&1
         ;;
     "$phase:fill")
-        dd if=/dev/zero of="${TARGET_ROOT:-}/large" bs=1M count="$TINY_MEBIBYTES" status=none
+        # Not zeros, which take no block of the disk.
+        head -c "${TINY_MEBIBYTES}M" <(yes) > "${TARGET_ROOT:-}/large"
         ;;
 esac

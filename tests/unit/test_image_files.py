@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image files of a tree: which programs write them, and of what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from amphora_image import disk_writer, image_files
+from amphora_image.errors import AmphoraImageError
+from amphora_image.image_files import DISK_TYPES, WRITERS, Source
+from amphora_image.partitions import BIOS_BOOT, LINUX, MIB, SECTOR
+from amphora_image.request import GIB, Architecture, ImageType
+
+SIZE = 2 * GIB
+
+
+@pytest.fixture
+def argvs(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The programs that were asked for."""
+    asked: list[list[str]] = []
+
+    def run(argv: Sequence[object], **_: object) -> str:
+        asked.append([str(word) for word in argv])
+        return ""
+
+    monkeypatch.setattr(image_files, "run", run)
+    monkeypatch.setattr(disk_writer, "run", run)
+    return asked
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    """A tree with a boot loader."""
+    grub = tmp_path / "tree/boot/grub"
+    grub.mkdir(parents=True)
+    (grub / "boot.img").write_bytes(b"B" * 510 + b"\x55\xaa")
+    (grub / "core.img").write_bytes(b"C" * 1000)
+    return Source(tmp_path)
+
+
+def written(source: Source, *kinds: ImageType) -> None:
+    """Write image files."""
+    files = {kind: source.work / f"lb.{kind}" for kind in kinds}
+    image_files.write_files(source, files, SIZE, Architecture.AMD64)
+
+
+def test_every_type_has_a_writer() -> None:
+    """Each image type can be written, and the tar alone is of no disk."""
+    assert set(WRITERS) == set(ImageType)
+    assert set(WRITERS) - DISK_TYPES == {ImageType.TAR}
+
+
+def test_disk(source: Source, argvs: list[list[str]]) -> None:
+    """The disk has its table, the file system in its partition, and GRUB in its two places."""
+    written(source, ImageType.RAW)
+    sfdisk, mkfs, convert = argvs
+    assert sfdisk == ["sfdisk", "--quiet", str(source.disk)]
+    assert mkfs[mkfs.index("-d") + 1] == str(source.tree)
+    assert mkfs[mkfs.index("-L") + 1] == disk_writer.ROOT_LABEL
+    assert f"offset={2 * MIB}," in mkfs[mkfs.index("-E") + 1]
+    assert mkfs[-2:] == [str(source.disk), str((SIZE - 3 * MIB) // disk_writer.BLOCK)]
+    assert convert == [
+        "qemu-img",
+        "convert",
+        "-f",
+        "raw",
+        "-O",
+        "raw",
+        *map(str, (source.disk, source.work / "lb.raw")),
+    ]
+    with source.disk.open("rb") as disk:
+        assert disk.read(8) == b"B" * 8
+        disk.seek(MIB)
+        assert disk.read(SECTOR + 8)[-2:] == b"CC"
+    assert source.disk.stat().st_size == SIZE
+
+
+def test_contents_of_every_partition() -> None:
+    """Each type of partition of a layout has something that writes it."""
+    types = {part.type for layout in disk_writer.LAYOUTS.values() for part in layout}
+    assert types <= set(disk_writer.CONTENTS)
+    assert {BIOS_BOOT, LINUX} <= types
+
+
+def test_tar_makes_no_disk(source: Source, argvs: list[list[str]]) -> None:
+    """A tar alone is made of the tree, in an order of its own, and no disk is written."""
+    written(source, ImageType.TAR)
+    [tar] = argvs
+    assert tar[0] == "tar"
+    assert "--sort=name" in tar
+    assert tar[-2:] == [f"--directory={source.tree}", "."]
+    assert not source.disk.exists()
+
+
+def test_others_make_a_disk_and_a_tar(tmp_path: Path, argvs: list[list[str]]) -> None:
+    """Without a tree, files are made of the disk and the tar that diskimage-builder made."""
+    source = Source(tmp_path)
+    source.disk.touch()
+    source.tar.touch()
+    written(source, ImageType.QCOW2, ImageType.TAR)
+    assert sorted(argv[0] for argv in argvs) == ["cp", "qemu-img"]
+    assert source.disk.stat().st_size == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [
+        ("", "compression_type=zstd"),
+        ("cluster_size=1M", "compression_type=zstd,cluster_size=1M"),
+        ("compression_type=zlib,compat=1.1", "compression_type=zlib,compat=1.1"),
+    ],
+)
+def test_qcow2_options(source: Source, argvs: list[list[str]], options: str, given: str) -> None:
+    """A qcow2 is compressed by zstd unless its options say otherwise."""
+    image_files.write_qcow2(Source(source.work, options), source.work / "lb.qcow2")
+    [convert] = argvs
+    assert convert[convert.index("-o") + 1] == given
+    assert "-c" in convert
+
+
+def test_main_does_what_argv_says(
+    source: Source, argvs: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The words of one process are understood by the other."""
+    files = {kind: source.work / f"l=b.{kind}" for kind in ImageType}
+    module, *words = image_files.argv(source, files, SIZE, Architecture.AMD64)[1:]
+    assert module == "amphora_image.image_files"
+    image_files.main(words)
+    targets = {word for argv in argvs for word in argv if "l=b" in word}
+    assert targets == {*(str(files[kind]) for kind in DISK_TYPES), f"--file={files[ImageType.TAR]}"}
+    assert capsys.readouterr().out == "phase: disk\nphase: image files\n"
+
+
+def test_failure(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that fails is told in one line."""
+
+    def run(*_: object, **__: object) -> str:
+        raise AmphoraImageError("tar ended with 2")
+
+    monkeypatch.setattr(image_files, "run", run)
+    words = image_files.argv(source, {ImageType.TAR: Path("/x")}, SIZE, Architecture.AMD64)[2:]
+    with pytest.raises(SystemExit, match="image files: tar ended with 2"):
+        image_files.main(words)
