@@ -47,10 +47,11 @@ is_made() {
     recipe_of "$1" | cmp -s - "$venv/.made-$1" && [ -x "$venv/bin/amphora-image" ]
 }
 
-# The venv is as its recipe says; a stamp in it tells which recipe that was.
-require_venv() {
-    ! is_made "$1" || return 0
-    local lock=$checkout/requirements/$1.txt
+# The venv is as its recipe says; a stamp in it tells which recipe that was. In a subshell: what is
+# exported for uv here must not reach a build.
+require_venv() (
+    ! is_made "$1" || exit 0
+    lock=$checkout/requirements/$1.txt
     if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then
         fail "python3 is missing or older than 3.11" "install Python 3.11 or newer"
     fi
@@ -61,7 +62,7 @@ require_venv() {
     if [ -n "${PIP_INDEX_URL:-}" ]; then
         export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}
     fi
-    local uv=("$venv/bin/uv" --quiet pip)
+    uv=("$venv/bin/uv" --quiet pip)
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
         --require-hashes --requirement "$checkout/requirements/uv.txt"
     # diskimage-builder starts Python many times; without byte code each start takes a second more.
@@ -69,4 +70,4 @@ require_venv() {
     "${uv[@]}" install --python "$venv/bin/python" --no-deps --no-build-isolation \
         --editable "$checkout"
     recipe_of "$1" > "$venv/.made-$1"
-}
+)

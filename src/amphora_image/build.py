@@ -10,18 +10,19 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
 
-from amphora_image import host, image_files, manifest, sandbox
+from amphora_image import host, image_cache, image_files, manifest, sandbox
 from amphora_image.errors import AmphoraImageError, Interrupted
+from amphora_image.image_cache import Made
 from amphora_image.log import BuildLog, hint_for, that_matter
 from amphora_image.plan import Plan
 from amphora_image.request import GIB, ImageType, Request
+from amphora_image.rootfs_cache import FRESH
 from amphora_image.run import run
 from amphora_image.sandbox import Command
 from amphora_image.workspace import SIGNALS, Workspace, undisturbed, workspace
@@ -41,21 +42,40 @@ def build(request: Request, plan: Plan, console: Console) -> list[Path]:
     with signals_interrupt(), BuildLog(log_path, console) as log, workspace() as space:
         _give_to_caller(log_path)
         log.phase("preparation")
-        _place_work(request, space, console)
         partial = _partial_outputs(request, space)
-        contents = space.root / "contents.json"
-        commands = _commands(request, plan, space, partial, contents)
-        _run_in_sandbox(space, commands, log)
-        log.phase("checksums and manifest")
-        digests = _digests(partial)
+        key = image_cache.key_of(request, plan, os.environ)
+        made = image_cache.take(key, partial) if key and not request.fresh else None
+        if made:
+            log.phase("cache: nothing has changed since the same image was built")
+        else:
+            made = _make(request, plan, space, partial, log, console)
+            if key:
+                image_cache.keep(key, partial, made)
         files = {
-            request.outputs[kind].name: {"sha256": digests[kind], "bytes": path.stat().st_size}
-            for kind, path in partial.items()
+            request.outputs[kind].name: {"sha256": digest, "bytes": partial[kind].stat().st_size}
+            for kind, digest in made.digests.items()
         }
-        # An image of other elements (DIB_ELEMENTS) may not tell what it holds.
-        held = json.loads(contents.read_text()) if contents.exists() else {}
-        record = manifest.compose(request, plan, held, log.seconds, files)
-        return _publish(request, partial, digests, json.dumps(record, indent=2) + "\n", space)
+        record = manifest.compose(request, plan, made.contents, log.seconds, files)
+        text = json.dumps(record, indent=2) + "\n"
+        return _publish(request, partial, made.digests, text, space)
+
+
+def _make(
+    request: Request,
+    plan: Plan,
+    space: Workspace,
+    partial: Mapping[ImageType, Path],
+    log: BuildLog,
+    console: Console,
+) -> Made:
+    """Make the image files in a sandbox."""
+    _place_work(request, space, console)
+    contents = space.root / "contents.json"
+    _run_in_sandbox(space, _commands(request, plan, space, partial, contents), log)
+    log.phase("checksums and manifest")
+    # An image of other elements (DIB_ELEMENTS) may not tell what it holds.
+    held = json.loads(contents.read_text()) if contents.exists() else {}
+    return Made(held, image_cache.digests_of(partial))
 
 
 @contextmanager
@@ -157,6 +177,8 @@ def _build_environment(
         "TMP_DIR": work,
         "USER": "root",
     }
+    if request.fresh:
+        env[FRESH] = "1"
     if request.root_password is not None:
         env["AMPHORA_ROOT_PASSWORD_FILE"] = str(_password_file(request.root_password, space))
     return env
@@ -186,11 +208,6 @@ def _run_in_sandbox(space: Workspace, commands: list[Command], log: BuildLog) ->
         raise AmphoraImageError(
             f"the build failed\n{tail}\nThe whole log: {log.path}", hint=hint_for(log.lines[-200:])
         )
-
-
-def _digests(partial: Mapping[ImageType, Path]) -> dict[ImageType, str]:
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(partial, pool.map(manifest.sha256_of, partial.values()), strict=True))
 
 
 def _publish(

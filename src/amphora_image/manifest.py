@@ -7,13 +7,13 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from amphora_image import agent
+from amphora_image import agent, archives
 from amphora_image.errors import AmphoraImageError
 from amphora_image.plan import SECRET, Plan
 from amphora_image.request import Request
@@ -26,12 +26,12 @@ def collect(root: Path) -> dict[str, Any]:
     """Return what a root file system holds: OS packages, the agent's packages, archives.
 
     :returns: ``packages`` and ``python_packages`` (name -> version) and ``archives`` (a list of
-        ``suite``, ``origin``, ``date``).
+        rows as of :func:`archives.recorded`).
     """
     return {
         "packages": os_packages(root),
         "python_packages": agent.packages(root),
-        "archives": archives(sorted((root / "var/lib/apt/lists").glob("*Release"))),
+        "archives": archives.recorded(root),
     }
 
 
@@ -45,21 +45,6 @@ def os_packages(root: Path) -> dict[str, str]:
         return {name: version for state, name, version in rows if state.startswith("ii")}
     said = run(["chroot", root, "rpm", "-qa", "--queryformat", "%{NAME}|%{VERSION}-%{RELEASE}\n"])
     return dict(sorted(line.split("|", 1) for line in said.splitlines()))
-
-
-def archives(release_files: Iterable[Path]) -> list[dict[str, str]]:
-    """Return suite, origin and date of each Release file of apt (Debian repository format)."""
-    found = []
-    for path in release_files:
-        fields = dict(
-            line.split(": ", 1)
-            for line in path.read_text(errors="replace").splitlines()
-            if ": " in line and not line.startswith(" ")
-        )
-        found.append(
-            {key: fields.get(key.title(), "") for key in ("suite", "codename", "origin", "date")}
-        )
-    return found
 
 
 def compose(

@@ -234,6 +234,7 @@ class Request:
     fips: bool = False
     trace: bool = False
     offline: bool = False
+    fresh: bool = False
     environment: Environment = field(default_factory=Environment)
 
     def __post_init__(self) -> None:

@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 from tiny import Elements, Scene, make_elements
 
+#: The README's command for a Debian amphora, and its tar file as well.
+COMMAND = Path(__file__).parents[2] / "diskimage-create.sh"
+OPTIONS = ("-i", "debian", "-t", "qcow2,tar")
+
 
 @pytest.fixture(scope="session")
 def tiny_elements(tmp_path_factory: pytest.TempPathFactory) -> Elements:
@@ -27,7 +31,13 @@ def scene(tmp_path: Path, tiny_elements: Elements) -> Iterator[Scene]:
 
 
 @pytest.fixture(scope="session")
-def debian_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def debian_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of the tests' own: what other builds left must not stand in for a build."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def debian_image(debian_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Debian amphora as the README's command builds it, a qcow2 file; its tar file is beside it.
 
     AMPHORA_TEST_IMAGE names one that was built before: for work on the tests themselves.
@@ -35,8 +45,5 @@ def debian_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if ready := os.environ.get("AMPHORA_TEST_IMAGE"):
         return Path(ready)
     directory = tmp_path_factory.mktemp("debian")
-    command = Path(__file__).parents[2] / "diskimage-create.sh"
-    # A cache of its own: what other builds left must not stand in for a build.
-    options = ["-i", "debian", "-t", "qcow2,tar", "-c", directory / "cache"]
-    subprocess.run([command, *options], cwd=directory, check=True)
+    subprocess.run([COMMAND, *OPTIONS, "-c", debian_cache], cwd=directory, check=True)
     return directory / "amphora-x64-haproxy.qcow2"

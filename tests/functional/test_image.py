@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from conftest import COMMAND, OPTIONS
 
 #: Packages that make a machine an amphora.
 REQUIRED = (
@@ -196,6 +197,22 @@ def test_checksum_and_manifest(debian_image: Path) -> None:
     assert manifest["python_packages"]["octavia"]
     assert manifest["archives"][0]["date"]
     assert "amphora-haproxy" in manifest["plan"]["elements"]
+
+
+def test_same_build_again(debian_image: Path, debian_cache: Path, tmp_path: Path) -> None:
+    """With nothing changed a build is a copy of the image from the cache, with its own manifest."""
+    sums = []
+    for name in ("one", "two"):  # the first is one of the kind, if the image was built before
+        command = [COMMAND, *OPTIONS, "-c", debian_cache, "-o", tmp_path / name]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        sums.append((tmp_path / f"{name}.qcow2.sha256").read_text().split()[0])
+        again = json.loads((tmp_path / f"{name}.qcow2.json").read_text())
+    assert "nothing has changed since the same image was built" in said
+    assert sums[0] == sums[1] == hashlib.sha256((tmp_path / "two.qcow2").read_bytes()).hexdigest()
+    first = json.loads(Path(f"{debian_image}.json").read_text())
+    assert again["packages"] == first["packages"]
+    assert again["files"].keys() == {"two.qcow2", "two.tar"}
+    assert again["request"]["output"] == str(tmp_path / "two")
 
 
 def test_tar_holds_the_same_tree(debian_image: Path, root: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from amphora_image import cli
+from amphora_image import options
 from amphora_image.agent import Locked
 from amphora_image.request import Architecture, BaseOS, Request
 
@@ -115,10 +115,10 @@ class Recorder(dict[str, str]):
 @pytest.fixture
 def variables_read(here: Path) -> set[str]:
     """The names of all variables that the command line reads."""
-    parser = cli.Parser()
-    cli._add_build_options(parser)
+    parser = options.Parser()
+    options.add_build_options(parser)
     recorder = Recorder()
-    cli.read_request(parser.parse_args([]), recorder, "x86_64")
+    options.read_request(parser.parse_args([]), recorder, "x86_64")
     assert recorder.names
     return recorder.names
 

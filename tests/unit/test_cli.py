@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from amphora_image import cli, container, proof
+from amphora_image import cli, container, options, proof
 from amphora_image.errors import (
     AmphoraImageError,
     BadValue,
@@ -395,9 +395,9 @@ def test_no_color(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("default", [True, False])
 def test_flag_variables(words: list[str], value: bool, default: bool) -> None:
     """A variable that is yes or no may be written in any usual way; unset is the default."""
-    assert {cli._flag({"X": word}, "X", default=default) for word in words} == {value}
-    assert cli._flag({}, "X", default=default) is default
-    assert cli._flag({"X": ""}, "X", default=default) is default
+    assert {options._flag({"X": word}, "X", default=default) for word in words} == {value}
+    assert options._flag({}, "X", default=default) is default
+    assert options._flag({"X": ""}, "X", default=default) is default
 
 
 def test_lock_verb(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

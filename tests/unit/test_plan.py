@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amphora_image import cli, manifest
+from amphora_image import manifest, options
 from amphora_image.host import Host, Mirrors
 from amphora_image.plan import ELEMENTS, SECRET, Plan, make_plan
 from amphora_image.request import ARCHITECTURES, RELEASES, Architecture, BaseOS, Request
@@ -49,10 +49,10 @@ PLAIN = "bare: diskimage-create.sh"
 
 
 @cache
-def parser() -> cli.Parser:
+def parser() -> options.Parser:
     """The parser of ``diskimage-create.sh``'s options."""
-    made = cli.Parser(prog="diskimage-create.sh", allow_abbrev=False)
-    cli._add_build_options(made)
+    made = options.Parser(prog="diskimage-create.sh", allow_abbrev=False)
+    options.add_build_options(made)
     return made
 
 
@@ -67,7 +67,7 @@ def taken_apart(line: str) -> tuple[str, dict[str, str], list[str]]:
 def asked_and_planned(line: str) -> tuple[Request, Plan]:
     """What a line of the table asks for, and what becomes of it."""
     host, variables, argv = taken_apart(line)
-    request = cli.read_request(parser().parse_args(argv), variables, MACHINES.get(host, host))
+    request = options.read_request(parser().parse_args(argv), variables, MACHINES.get(host, host))
     return request, make_plan(request, HOSTS.get(host, Host()))
 
 

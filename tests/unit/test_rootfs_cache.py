@@ -1,40 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The key of a cached root file system, and which entries stay."""
+"""Root file systems by what they are made of: the key, and when one is made."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from amphora_image.rootfs_cache import (
-    VARIABLES,
-    Key,
-    archives_digest,
-    digest,
-    find,
-    inputs_digest,
-    prune,
-    release_urls,
-)
+from amphora_image import archives, cache, rootfs_cache
+from amphora_image.errors import AmphoraImageError
+from amphora_image.rootfs_cache import VARIABLES, Inputs, inputs_of, provide, sources_of
 
-SOURCES = (
-    "deb http://mirror.example.org/debian trixie main\n"
-    "deb http://mirror.example.org/debian-security/ trixie-security main\n"
-)
-
-
-def key_of(script: Path, **changes: object) -> str:
-    """Return the digest of some inputs with changes."""
-    given: dict[str, object] = {
-        "environ": dict.fromkeys(VARIABLES, "value"),
-        "packages": ["haproxy", "keepalived"],
-        "versions": "mmdebstrap 1.3.5",
-        "files": [script],
-        **changes,
-    }
-    return inputs_digest(**given)  # type: ignore[arg-type]
+STATE = ["0123"]
 
 
 @pytest.fixture
@@ -45,77 +26,198 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
-def test_every_input_changes_the_key(script: Path, tmp_path: Path) -> None:
-    """Each variable, the packages, the versions and each file's content count."""
-    other = tmp_path / "other"
-    other.write_text("mmdebstrap --variant=minbase")
-    changes: list[dict[str, object]] = [
-        *({"environ": {**dict.fromkeys(VARIABLES, "value"), name: "x"}} for name in VARIABLES),
-        {"packages": ["haproxy"]},
-        {"versions": "mmdebstrap 1.4"},
-        {"files": [other]},
-        {"files": [script, other]},
-    ]
-    keys = [key_of(script), *(key_of(script, **change) for change in changes)]
-    assert len(set(keys)) == len(keys)
+def inputs(script: Path, **changes: object) -> Inputs:
+    """Return some inputs with changes."""
+    given: dict[str, object] = {
+        "environ": {**dict.fromkeys(VARIABLES, "value"), "DIB_IMAGE_CACHE": str(script.parent)},
+        "packages": ["haproxy", "keepalived"],
+        "versions": "mmdebstrap 1.3.5",
+        "files": [script],
+        **changes,
+    }
+    return inputs_of(**given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", VARIABLES)
+def test_every_variable_changes_the_key(script: Path, name: str) -> None:
+    """Each variable that decides what the tree holds counts."""
+    environ = {**dict.fromkeys(VARIABLES, "value"), "DIB_IMAGE_CACHE": str(script.parent)}
+    changed = inputs(script, environ={**environ, name: "x"})
+    assert changed.entry(STATE) != inputs(script).entry(STATE)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"packages": ["haproxy"]}, {"versions": "mmdebstrap 1.4"}, {"files": []}],
+    ids=["packages", "versions", "files"],
+)
+def test_every_other_input_changes_the_key(script: Path, change: dict[str, object]) -> None:
+    """Packages, versions and files count."""
+    assert inputs(script, **change).entry(STATE) != inputs(script).entry(STATE)
+
+
+def test_content_of_a_script_changes_the_key(script: Path) -> None:
+    """A script, or a key of the archive, counts by what it holds."""
+    before = inputs(script)
+    script.write_text("mmdebstrap --variant=minbase")
+    assert inputs(script) != before
+
+
+def test_state_of_the_archives_changes_the_key(script: Path) -> None:
+    """Another state of an archive is another entry."""
+    assert inputs(script).entry(["0123"]) != inputs(script).entry(["0124"])
 
 
 def test_order_of_packages_does_not_change_the_key(script: Path) -> None:
     """The same set is the same key."""
-    assert key_of(script) == key_of(script, packages=["keepalived", "haproxy"])
+    assert inputs(script) == inputs(script, packages=["keepalived", "haproxy"])
 
 
-def test_digest_keeps_parts_apart() -> None:
-    """Bytes that move from one part to the next are another digest."""
-    assert digest(b"ab", b"c") != digest(b"a", b"bc")
+def test_sources_that_the_tool_chose(script: Path) -> None:
+    """Where no sources were given, those of the last such root file system are asked."""
+    given = inputs(script)
+    assert sources_of(given.directory, given.system, "deb x") == "deb x"
+    assert sources_of(given.directory, given.system, "") == ""
+    (given.directory / "sources").mkdir()
+    (given.directory / "sources" / given.system).write_text("deb y")
+    assert sources_of(given.directory, given.system, "") == "deb y"
 
 
-def test_release_urls() -> None:
-    """Each suite of the sources has its signed file."""
-    assert release_urls(SOURCES) == [
-        "http://mirror.example.org/debian/dists/trixie/InRelease",
-        "http://mirror.example.org/debian-security/dists/trixie-security/InRelease",
-    ]
+class Workshop:
+    """What makes, keeps and restores root file systems, pretended.
+
+    :ivar state: what the archives say.
+    :ivar did: what was done, in order.
+    :ivar status: what the command that makes a tree ends with.
+    """
+
+    def __init__(self) -> None:
+        self.state: list[str] | None = STATE
+        self.did: list[str] = []
+        self.status = 0
+
+    def ask(self, _: str) -> list[str] | None:
+        """Tell the archives' state."""
+        return self.state
+
+    def pipe(self, first: list[str], second: list[str]) -> None:
+        """Pack or unpack."""
+        self.did.append("restore" if first[0] == "zstd" else "store")
+        if second[0] == "zstd":
+            Path(second[-1]).write_bytes(b"tree")
+
+    def make(self, argv: Sequence[str], **_: object) -> SimpleNamespace:
+        """Run the command that makes a tree."""
+        self.did.append(argv[0])
+        return SimpleNamespace(returncode=self.status)
 
 
-def test_archives_that_do_not_answer_make_no_key(tmp_path: Path) -> None:
-    """A mirror that cannot be asked, or none at all, is a miss."""
-    assert archives_digest("") is None
-    assert archives_digest(f"deb file://{tmp_path} trixie main") is None
+@pytest.fixture
+def shop(monkeypatch: pytest.MonkeyPatch) -> Workshop:
+    """Everything pretended; a tree that is made comes from the archives' state of that moment."""
+    made = Workshop()
+    monkeypatch.setattr(rootfs_cache, "_pipe", made.pipe)
+    monkeypatch.setattr(rootfs_cache.archives, "ask", made.ask)
+    monkeypatch.setattr(
+        rootfs_cache.archives,
+        "recorded",
+        lambda _: [{"sha256": digest} for digest in made.state or ()],
+    )
+    monkeypatch.setattr(subprocess, "run", made.make)
+    return made
 
 
-def test_a_new_state_of_the_archive_changes_the_key(tmp_path: Path) -> None:
-    """The InRelease file's bytes are the archive's state."""
-    release = tmp_path / "dists/trixie/InRelease"
-    release.parent.mkdir(parents=True)
-    seen = []
-    for text in ("Date: 1", "Date: 2"):
-        release.write_text(text)
-        seen.append(archives_digest(f"deb file://{tmp_path} trixie main"))
-    assert None not in seen
-    assert seen[0] != seen[1]
+def provided(given: Inputs, *, offline: bool = False, fresh: bool = False) -> None:
+    """Ask for a tree."""
+    provide(given, given.directory / "root", ["mmdebstrap"], offline=offline, fresh=fresh)
 
 
-def test_offline_takes_the_newest_of_the_same_inputs(tmp_path: Path) -> None:
-    """Without the archives' state the newest entry is right, and no other inputs' entry."""
-    for age, name in enumerate(("aaa-1", "aaa-2", "bbb-3")):
-        entry = tmp_path / f"{name}.tar.zst"
-        entry.write_bytes(b"x")
+def test_second_build_makes_nothing(shop: Workshop, script: Path) -> None:
+    """From the same inputs and archives a tree is made once."""
+    provided(inputs(script))
+    provided(inputs(script))
+    assert shop.did == ["mmdebstrap", "store", "restore"]
+
+
+def test_a_changed_archive_is_not_missed(shop: Workshop, script: Path) -> None:
+    """When an archive says something else, the tree is made anew; the old one stays for a while."""
+    provided(inputs(script))
+    shop.state = ["0456"]
+    provided(inputs(script))
+    assert shop.did == ["mmdebstrap", "store"] * 2
+    assert len(cache.entries(script.parent)) == 2
+
+
+def test_an_archive_that_does_not_answer_is_a_miss(shop: Workshop, script: Path) -> None:
+    """Without the archives' state nothing is taken, and nothing can be named to be kept."""
+    shop.state = None
+    provided(inputs(script))
+    provided(inputs(script))
+    assert shop.did == ["mmdebstrap"] * 2
+
+
+def test_fresh(shop: Workshop, script: Path) -> None:
+    """On demand the tree is made anew, and kept."""
+    provided(inputs(script))
+    provided(inputs(script), fresh=True)
+    assert shop.did == ["mmdebstrap", "store"] * 2
+
+
+def test_offline_takes_what_was_used_last(shop: Workshop, script: Path) -> None:
+    """Offline no archive is asked: the newest entry of the same inputs serves, or nothing does."""
+    provided(inputs(script))
+    [entry] = cache.entries(script.parent)
+    shop.state = None
+    provided(inputs(script), offline=True)
+    assert shop.did[2:] == ["restore"]
+    assert inputs(script).newest() == entry.path
+    with pytest.raises(AmphoraImageError, match="offline, and no root file system is cached"):
+        provided(inputs(script, packages=["haproxy"]), offline=True)
+
+
+def test_newest_of_several(script: Path) -> None:
+    """The entry that was used last is the newest, whatever its state."""
+    given = inputs(script)
+    for age, state in enumerate((["1"], ["2"])):
+        entry = given.entry(state)
+        entry.parent.mkdir(exist_ok=True)
+        entry.touch()
         os.utime(entry, (age, age))
-    assert find(tmp_path, Key("aaa", "")) == tmp_path / "aaa-2.tar.zst"
-    assert find(tmp_path, Key("aaa", "1")) == tmp_path / "aaa-1.tar.zst"
-    assert find(tmp_path, Key("aaa", "3")) is None
-    assert find(tmp_path, Key("ccc", "")) is None
+    assert given.newest() == given.entry(["2"])
 
 
-def test_prune_keeps_the_recently_used(tmp_path: Path) -> None:
-    """The least recently used entries go until the rest fits."""
-    for age in range(4):
-        entry = tmp_path / f"entry-{age}.tar.zst"
-        entry.write_bytes(b"x" * 100)
-        os.utime(entry, (age, age))
-    assert [path.name for path in prune(tmp_path, 250)] == ["entry-1.tar.zst", "entry-0.tar.zst"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "entry-2.tar.zst",
-        "entry-3.tar.zst",
-    ]
+def test_a_failure_keeps_nothing(shop: Workshop, script: Path) -> None:
+    """A tree that could not be made is not kept."""
+    shop.status = 25
+    with pytest.raises(AmphoraImageError, match="mmdebstrap ended with 25"):
+        provided(inputs(script))
+    assert shop.did == ["mmdebstrap"]
+    assert cache.entries(script.parent) == []
+
+
+def test_a_broken_entry_goes(shop: Workshop, script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not unpack is an error and is removed: the next build makes it anew."""
+    provided(inputs(script))
+
+    def broken(*_: object) -> None:
+        raise AmphoraImageError("zstd ended with 1")
+
+    monkeypatch.setattr(rootfs_cache, "_pipe", broken)
+    with pytest.raises(AmphoraImageError, match="zstd ended with 1"):
+        provided(inputs(script))
+    assert cache.entries(script.parent) == []
+
+
+def test_own_sources_are_remembered(
+    shop: Workshop, script: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sources that the tool chose are kept, so that the next build can ask them."""
+    environ = {
+        **dict.fromkeys(VARIABLES, "value"),
+        "DIB_IMAGE_CACHE": str(script.parent),
+        "AMPHORA_APT_SOURCES": "",
+    }
+    monkeypatch.setattr(archives, "own_sources", lambda _: "deb own")
+    given = inputs(script, environ=environ)
+    provided(given)
+    assert sources_of(given.directory, given.system, "") == "deb own"
