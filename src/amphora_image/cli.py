@@ -183,7 +183,7 @@ def _guarded(work: Callable[[], None]) -> int:
         return 1
     except KeyboardInterrupt:
         return Interrupted(2).exit_code
-    except (AmphoraImageError, OSError) as error:
+    except (AmphoraImageError, OSError, Interrupted) as error:
         console.print(Text("error: ", "red") + Text(str(error), ""), highlight=False)
         if hint := getattr(error, "hint", None):
             console.print(Text("hint: ", "yellow") + Text(hint, ""), highlight=False)

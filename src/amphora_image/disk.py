@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from amphora_image.errors import AmphoraImageError, BadValue, CheckFailed, HostError, Interrupted
+from amphora_image.errors import AmphoraImageError, BadValue, CheckFailed, HostError
 from amphora_image.request import ImageType
 from amphora_image.run import run
 
@@ -112,8 +112,6 @@ def bounded(
     bounds = [*mortal, *timeout, *mortal, "prlimit", *limits, "--"]
     try:
         run([*bounds, *argv], env=ENVIRONMENT, output=output)
-    except Interrupted:
-        raise
     except AmphoraImageError as error:
         _, *said = str(error).splitlines()
         why = " ".join(said) or f"it failed, or met a bound: {MAX_SECONDS} s, {written} bytes"

@@ -42,8 +42,10 @@ class BootFailed(AmphoraImageError):
     exit_code = 5
 
 
-class Interrupted(AmphoraImageError):
+class Interrupted(BaseException):
     """A signal ended the work; the exit code is 128 and the signal's number.
+
+    Nobody handles it on the way out, but for undoing: it is no failure of what was under way.
 
     :param signum: 2 (SIGINT) or 15 (SIGTERM), as in :manpage:`signal(7)`.
     """
