@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import runpy
 import struct
 import subprocess
 import tarfile
@@ -213,6 +214,14 @@ def test_same_build_again(debian_image: Path, debian_cache: Path, tmp_path: Path
     assert again["packages"] == first["packages"]
     assert again["files"].keys() == {"two.qcow2", "two.tar"}
     assert again["request"]["output"] == str(tmp_path / "two")
+
+
+def test_properties_for_the_cloud_fit(debian_image: Path) -> None:
+    """The image is what ``tempest/image.conf`` tells Glance, Nova and Octavia of it."""
+    check = runpy.run_path(str(Path(__file__).parents[2] / "tempest/check.py"))
+    manifest = json.loads(Path(f"{debian_image}.json").read_text())
+    settings = check["HERE"] / "image.conf"
+    assert list(check["wrong_properties"](settings, manifest)) == []
 
 
 def test_tar_holds_the_same_tree(debian_image: Path, root: Path) -> None:
