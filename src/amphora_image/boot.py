@@ -38,6 +38,8 @@ ACCELERATORS = ("auto", "kvm", "tcg")
 
 #: Seconds in which an image must start systemd under KVM; a sound host needs a third of them.
 KVM_PATIENCE = 20.0
+#: Seconds to wait for one thing, at least; see :attr:`Machine.patience`.
+PATIENCE = 600.0
 #: The host's address in QEMU's user-mode network.
 GATEWAY = "10.0.2.2"
 #: The TCP port of the amphora's agent.
@@ -127,8 +129,12 @@ class Machine:
 
     @property
     def patience(self) -> float:
-        """Seconds to wait for one step on the network: what is slow to boot is slow to answer."""
-        return max(2.0, self.elapsed / 20)
+        """Seconds to wait for one thing: what was slow to start systemd is slow in all.
+
+        Where nothing else runs, the slowest of all takes a fifth of it.
+        """
+        started = self.seen(SERIAL_MILESTONES["systemd starts"])
+        return max(PATIENCE, 60 * (started or self.elapsed))
 
     def seen(self, pattern: re.Pattern[str]) -> float | None:
         """Tell when the first line that the pattern is found in came, in seconds."""
@@ -145,11 +151,12 @@ class Machine:
 
         :param what: what is awaited, for the failure's message.
         :param attempt: None or one of the errors ``not_yet`` means not yet.
-        :param timeout: seconds from power-on.
+        :param timeout: seconds from power-on; less if :attr:`patience` is.
         :raises BootFailed: the time is up, QEMU has ended or the console shows a fatal line.
         """
         trouble: Exception | None = None
-        while self.elapsed < timeout:
+        began = self.elapsed
+        while self.elapsed < min(timeout, began + self.patience):
             try:
                 if (result := attempt()) is not None:
                     return result
@@ -161,7 +168,7 @@ class Machine:
                 raise self.failure(f"the machine stopped; missing: {what}")
             time.sleep(0.25)
         last = f" ({trouble})" if trouble else ""
-        raise self.failure(f"{timeout:.0f} s after power-on still missing: {what}{last}")
+        raise self.failure(f"{self.elapsed:.0f} s after power-on still missing: {what}{last}")
 
     def failure(self, reason: str) -> BootFailed:
         """Describe a failure with the lines of the serial console that matter."""

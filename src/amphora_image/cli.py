@@ -267,7 +267,7 @@ def _verbs() -> argparse.ArgumentParser:
     boot.add_argument("--container", action="store_true", help="IMAGE is a tar file: use podman")
     boot.add_argument("--accel", choices=("auto", "kvm", "tcg"), default="auto")
     boot.add_argument("--log", help="serial log (default: IMAGE.serial.log in this directory)")
-    boot.add_argument("--timeout", type=float, default=1200, help="seconds in all (default: 1200)")
+    boot.add_argument("--timeout", type=float, default=3600, help="seconds in all (default: 3600)")
     boot.add_argument("--report", metavar="FILE", help="the report as a page of HTML as well")
     boot.add_argument("--topology", choices=("single", "active-standby"), default="single")
     boot.add_argument("--json", action="store_true", help="the report as JSON")

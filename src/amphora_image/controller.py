@@ -174,8 +174,12 @@ class Controller:
                     "client_cert": self.directory / "client.pem",
                     "server_ca": self.directory / "server_ca.pem",
                     "bind_port": AGENT_PORT,
-                    "connection_max_retries": 5,
+                    # An emulated amphora takes its time to find a card or to start a service; to
+                    # ask again what it is still doing would fail.
+                    "connection_max_retries": 120,
                     "connection_retry_interval": 1,
+                    "rest_request_conn_timeout": 30,
+                    "rest_request_read_timeout": 600,
                 },
                 "health_manager": {
                     "controller_ip_port_list": f"{self.address}:{HEARTBEAT_PORT}",
@@ -225,7 +229,12 @@ class Controller:
         :returns: ``hostname``, ``haproxy_version``, ``api_version`` and more.
         :raises AmpConnectionRetry: of Octavia: it does not answer, or not as that amphora.
         """
-        once = {constants.CONN_MAX_RETRIES: 1, constants.CONN_RETRY_INTERVAL: 0}
+        once = {
+            constants.CONN_MAX_RETRIES: 1,
+            constants.CONN_RETRY_INTERVAL: 0,
+            constants.REQ_CONN_TIMEOUT: 10,
+            constants.REQ_READ_TIMEOUT: 60,
+        }
         info = self.driver.get_info(amphora, raise_retry_exception=True, timeout_dict=once)
         return dict(info)
 
@@ -315,7 +324,8 @@ class Controller:
             for ip in network.MEMBERS
         ]
         monitor = models.HealthMonitor(
-            **_row(delay=check_every, timeout=2, fall_threshold=2, rise_threshold=2),
+            # A dead member refuses at once; a check that takes long shows a busy host.
+            **_row(delay=check_every, timeout=10, fall_threshold=3, rise_threshold=2),
             type=constants.HEALTH_MONITOR_UDP_CONNECT if lvs else constants.HEALTH_MONITOR_HTTP,
             http_method="GET",
             url_path="/",

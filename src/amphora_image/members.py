@@ -17,6 +17,8 @@ from typing import Any
 PORT = 80
 #: The name that the certificate of the HTTPS listener is for (RFC 2606).
 SITE = "www.example.org"
+#: Seconds for one step on a connection, for an amphora that is emulated on a busy host.
+PATIENCE = 30.0
 
 
 class Member:
@@ -62,7 +64,7 @@ def ask_http(
     path: str = "/",
     *,
     tls: ssl.SSLContext | None = None,
-    timeout: float = 30.0,
+    timeout: float = PATIENCE,
 ) -> str:
     """Send one GET on a connection of its own and return the answer's text.
 
@@ -82,10 +84,11 @@ def ask_http(
         return response.read().decode()
 
 
-def ask_udp(place: tuple[str, int], *, timeout: float = 10.0) -> str:
+def ask_udp(place: tuple[str, int], *, timeout: float = PATIENCE) -> str:
     """Send one datagram from a port of its own and return the answer's text.
 
     :param timeout: seconds.
+    :raises ConnectionRefusedError: nobody listens there.
     :raises OSError: no answer in time.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:

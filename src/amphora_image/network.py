@@ -54,6 +54,9 @@ def isolated() -> Iterator[None]:
             f"link set {BRIDGE} up",
             *(f"address add {ip}/24 dev {BRIDGE}" for ip in (GATEWAY, *MEMBERS)),
             f"address add {GATEWAY_IPV6}/64 dev {BRIDGE} nodad",
+            # Who does not answer for seconds may be a machine that is emulated on a busy host.
+            f"ntable change name arp_cache dev {BRIDGE} mcast_probes 60",
+            f"ntable change name ndisc_cache dev {BRIDGE} mcast_probes 60",
         )
         _ip(*commands)
         yield

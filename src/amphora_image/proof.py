@@ -27,9 +27,11 @@ T = TypeVar("T")
 #: How many requests each listener has to answer, without one failure.
 REQUESTS = 50
 #: Port of each listener on the VIP.
-HTTP, HTTPS, TCP, UDP, METRICS = 80, 443, 8080, 5353, 9000
+HTTP, HTTPS, TCP, UDP, SECOND_UDP, METRICS = 80, 443, 8080, 5353, 5354, 9000
+#: Ports of the listeners that are deleted, and that go on.
+DELETED, KEPT = (HTTPS, TCP, SECOND_UDP), (HTTP, UDP)
 #: Seconds between an amphora's heartbeats at first, and after its settings were changed.
-INTERVAL, SHORT_INTERVAL = 5, 2
+INTERVAL, SHORT_INTERVAL = 5, 1
 #: Seconds in which a backup must serve: VRRP takes three intervals of two seconds and a skew of
 #: two at most (RFC 9568, 6.1); the rest is patience with a machine that is emulated.
 FAILOVER = 12
@@ -117,7 +119,7 @@ def shows_certificate(proof: Proof, amphora: Any) -> None:
 
     :raises OSError: it does not.
     """
-    shown = ssl.get_server_certificate(proof.address(amphora), timeout=10)
+    shown = ssl.get_server_certificate(proof.address(amphora), timeout=members.PATIENCE)
     if shown.strip() not in proof.server_pems[amphora.id]:
         raise OSError("the agent shows another certificate than it was given")
 
@@ -146,7 +148,7 @@ def refuses(place: tuple[str, int], context: ssl.SSLContext, name: str) -> bool:
     :raises OSError: no connection, or no answer in time.
     :raises ssl.SSLCertVerificationError: the server is not the one with that name.
     """
-    plain = socket.create_connection(place, timeout=10)
+    plain = socket.create_connection(place, timeout=members.PATIENCE)
     try:
         with context.wrap_socket(plain, server_hostname=name) as tls:
             tls.sendall(b"GET / HTTP/1.0\r\n\r\n")
@@ -183,11 +185,15 @@ def ipv6_balanced(proof: Proof) -> str:
 def heartbeats_signed(proof: Proof) -> str:
     """Each amphora sends heartbeats, two of them at least, all signed with the key."""
     times = proof.heartbeats.times
-    for amphora, _ in proof.amphorae:
+    for amphora, machine in proof.amphorae:
         wanted = len(times[amphora.id]) + 2
-        proof.wait("two heartbeats", lambda: len(times[amphora.id]) >= wanted or None)  # noqa: B023
-    if proof.heartbeats.bad:
-        raise OSError(f"{proof.heartbeats.bad} heartbeats were not signed with the key")
+
+        def heard() -> bool | None:
+            if bad := proof.heartbeats.bad:
+                raise machine.failure(f"{bad} heartbeats were not signed with the key")  # noqa: B023
+            return len(times[amphora.id]) >= wanted or None  # noqa: B023
+
+        proof.wait("two heartbeats", heard)
     return f"{sum(map(len, times.values()))} heartbeats"
 
 
@@ -196,7 +202,7 @@ def member_lost(proof: Proof) -> str:
     dead, alive = network.MEMBERS
     proof.members[dead].stop()
     wait_for_state(proof, dead, "DOWN")
-    return proof.balance(lambda: ask_http((network.VIP, HTTP)), [alive])
+    return balance_kept(proof, [alive])
 
 
 def member_returns(proof: Proof) -> str:
@@ -204,20 +210,28 @@ def member_returns(proof: Proof) -> str:
     back = network.MEMBERS[0]
     proof.members[back].start()
     wait_for_state(proof, back, "UP")
-    return proof.balance(lambda: ask_http((network.VIP, HTTP)))
+    return balance_kept(proof)
+
+
+def balance_kept(proof: Proof, servers: Sequence[str] = network.MEMBERS) -> str:
+    """See all requests answered by the HTTP and by the UDP listener."""
+    over_http = proof.balance(lambda: ask_http((network.VIP, HTTP)), servers)
+    over_udp = proof.balance(lambda: ask_udp((network.VIP, UDP)), servers)
+    return f"HTTP: {over_http}; UDP: {over_udp}"
 
 
 def wait_for_state(proof: Proof, member: str, state: str) -> None:
-    """Wait until the master's heartbeats tell a state of a member of the HTTP listener's pool."""
-    listener, amphora = proof.listeners[HTTP], proof.controller.amphorae[0]
-    pool = listener.default_pool
-    [member_id] = [row.id for row in pool.members if row.ip_address == member]
+    """Wait until heartbeats tell a state of a member: HAProxy's of it, and keepalived's."""
+    [amphora] = proof.controller.amphorae
+    for listener in (proof.listeners[port] for port in KEPT):
+        pool = listener.default_pool
+        [member_id] = [row.id for row in pool.members if row.ip_address == member]
 
-    def told() -> bool | None:
-        states = proof.heartbeats.member_states(amphora.id, pool.id, listener.id)
-        return states.get(member_id) == state or None
+        def told() -> bool | None:
+            states = proof.heartbeats.member_states(amphora.id, pool.id, listener.id)  # noqa: B023
+            return states.get(member_id) == state or None  # noqa: B023
 
-    proof.wait(f"a heartbeat with the member {state}", told)
+        proof.wait(f"a heartbeat with the {listener.protocol} member {state}", told)
 
 
 def listeners_added(proof: Proof) -> str:
@@ -227,7 +241,8 @@ def listeners_added(proof: Proof) -> str:
     proof.listeners |= {
         HTTPS: listen("TERMINATED_HTTPS", HTTPS, "HTTP", tls_certificate_id=reference),
         TCP: listen("TCP", TCP, "TCP"),
-        UDP: listen("UDP", UDP, "UDP", check_every=5),
+        UDP: listen("UDP", UDP, "UDP", check_every=2),
+        SECOND_UDP: listen("UDP", SECOND_UDP, "UDP"),
         METRICS: listen("PROMETHEUS", METRICS, None),
     }
     proof.controller.update()
@@ -262,18 +277,23 @@ def metrics_served(proof: Proof) -> str:
 
 def listeners_deleted(proof: Proof) -> str:
     """Listeners that are deleted are served no more; the others are."""
-    for port in (HTTPS, TCP):
-        proof.controller.forget(proof.listeners.pop(port))
+    deleted = [proof.listeners.pop(port) for port in DELETED]
+    for listener in deleted:
+        proof.controller.forget(listener)
     proof.controller.update()
-    for port in (HTTPS, TCP):
-        proof.wait("the end of a listener", lambda: refused((network.VIP, port)))  # noqa: B023
-    return proof.balance(lambda: ask_http((network.VIP, HTTP)))
+    for listener in deleted:
+        proof.wait(f"the end of the {listener.protocol} listener", lambda: refused(listener))  # noqa: B023
+    return balance_kept(proof)
 
 
-def refused(place: tuple[str, int]) -> bool | None:
-    """Tell whether nobody listens on a TCP address; None if somebody does."""
+def refused(listener: Any) -> bool | None:
+    """Tell whether nobody serves a listener's port on the VIP; None if somebody does."""
+    place = (network.VIP, listener.protocol_port)
     try:
-        socket.create_connection(place, timeout=10).close()
+        if listener.protocol == "UDP":
+            ask_udp(place)
+        else:
+            socket.create_connection(place, members.PATIENCE).close()
     except ConnectionRefusedError:
         return True
     return None
@@ -302,9 +322,13 @@ def agent_configured(proof: Proof) -> str:
             amphora, proof.controller.agent_conf(amphora).encode()
         )
         times = proof.heartbeats.times[amphora.id]
+        before = len(times)
 
         def in_time() -> bool | None:
-            return times[-1] - times[-3] < 2 * INTERVAL - SHORT_INTERVAL or None  # noqa: B023
+            # Three intervals that are nearer to the new one; sending takes some time as well.
+            newest = times[before:][-4:]  # noqa: B023
+            allowed = 3 * (INTERVAL + SHORT_INTERVAL) / 2
+            return (len(newest) == 4 and newest[-1] - newest[0] < allowed) or None
 
         proof.wait("heartbeats in the new interval", in_time)
     return f"a heartbeat every {SHORT_INTERVAL} s instead of {INTERVAL} s"
@@ -321,18 +345,18 @@ def rebooted(proof: Proof) -> str:
             lambda: proof.heartbeats.newest[amphora.id]["seq"] < before or None,  # noqa: B023
         )
         proof.wait("the agent's answer", lambda: proof.controller.info(amphora))  # noqa: B023
-    proof.balance(lambda: ask_udp((network.VIP, UDP)))
-    return proof.balance(lambda: ask_http((network.VIP, HTTP)))
+    return balance_kept(proof)
 
 
 def failover(proof: Proof) -> str:
     """When the master is gone the other serves the VIPs, as soon as VRRP allows."""
     master, backup = proof.machines
     master.process.kill()
+    master.process.wait()
     gone = backup.elapsed
     backup.wait(
         "an answer of the backup",
-        lambda: ask_http((network.VIP, HTTP), timeout=0.5),
+        lambda: ask_http((network.VIP, HTTP), timeout=1),
         proof.timeout,
         NOT_YET,
     )
@@ -351,13 +375,13 @@ SINGLE: dict[str, Callable[[Proof], str]] = {
     "HTTP balanced": http_balanced,
     "IPv6 balanced": ipv6_balanced,
     "heartbeats signed": heartbeats_signed,
-    "member lost": member_lost,
-    "member returns": member_returns,
     "listeners added": listeners_added,
     "HTTPS balanced": https_balanced,
     "TCP balanced": tcp_balanced,
     "UDP balanced": udp_balanced,
     "metrics served": metrics_served,
+    "member lost": member_lost,
+    "member returns": member_returns,
     "listeners deleted": listeners_deleted,
     "certificate rotated": certificate_rotated,
     "agent configured": agent_configured,
@@ -382,7 +406,7 @@ def prove(
     log: Path,
     accel: str = "auto",
     topology: str = "single",
-    timeout: float = 1200.0,
+    timeout: float = 3600.0,
     tell: Callable[[Milestone], None] = lambda milestone: None,
 ) -> Report:
     """Boot an image as Octavia does and see it do all that is wanted of an amphora.

@@ -143,6 +143,25 @@ def test_wait_is_bounded_and_tells_the_last_error(machine: boot.Machine) -> None
         machine.wait("the agent", attempt, timeout=0.05)
 
 
+def test_wait_for_one_thing_is_bounded(
+    machine: boot.Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One thing is not waited for as long as the whole proof may take."""
+    monkeypatch.setattr(boot, "PATIENCE", 0.05)
+    machine.lines.append((0.0001, "Welcome to Debian!"))
+    with pytest.raises(BootFailed, match="0 s after power-on still missing: the agent"):
+        machine.wait("the agent", lambda: None, timeout=60)
+
+
+@pytest.mark.parametrize(("started", "patience"), [(8.0, 600.0), (40.0, 2400.0)])
+def test_slow_machine_gets_more_time(
+    machine: boot.Machine, started: float, patience: float
+) -> None:
+    """What took longer to start systemd may take longer for all that follows."""
+    machine.lines.append((started, "Welcome to Debian!"))
+    assert machine.patience == patience
+
+
 def test_wait_returns_what_the_attempt_returns(machine: boot.Machine) -> None:
     """None is not yet; anything else, False too, is the result."""
     results = iter([None, False])
