@@ -9,14 +9,16 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from amphora_image import members, network
 from amphora_image.controller import Controller
 from amphora_image.errors import AmphoraImageError, BadValue, HostError
 from amphora_image.members import ask_http
-from amphora_image.proof import HTTP, balance
+from amphora_image.proof import HTTP, NOT_YET, balance
 from amphora_image.report import Milestone, Report
 from amphora_image.run import run
 
@@ -28,8 +30,8 @@ OPTIONS = (
     *("--rm", "--network", "host"),
     *("--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"),
 )
-#: Seconds from its start until HAProxy must answer.
-PATIENCE = 30.0
+#: Seconds to wait for an answer of HAProxy: on a busy host podman copies long before it starts it.
+PATIENCE = 300.0
 
 
 def prove(tar: Path, *, tell: Callable[[Milestone], None] = lambda milestone: None) -> Report:
@@ -51,11 +53,6 @@ def prove(tar: Path, *, tell: Callable[[Milestone], None] = lambda milestone: No
     if os.geteuid() != 0:
         raise HostError("podman is to run as root here", "run it with sudo")
     report, began = Report(str(tar), "podman", "container", ""), time.monotonic()
-
-    def reached(name: str, detail: str = "") -> None:
-        report.milestones.append(Milestone(name, time.monotonic() - began, detail))
-        tell(report.milestones[-1])
-
     with contextlib.ExitStack() as undo:
         undo.enter_context(network.isolated())
         network.add_vips()
@@ -65,30 +62,83 @@ def prove(tar: Path, *, tell: Callable[[Milestone], None] = lambda milestone: No
         state = undo.enter_context(tempfile.TemporaryDirectory(prefix="amphora-tar-", dir="/run"))
         podman = ["podman", "--root", f"{directory}/root", "--runroot", state]
         podman += ["--runtime", "runc"]
-        try:
-            run([*podman, "import", tar.resolve(), IMAGE])
-            reached("imported")
-            version = run([*podman, "run", *OPTIONS, IMAGE, "haproxy", "-v"]).split()[2]
-            reached("HAProxy starts", f"haproxy_version {version}")
-            config = directory / "haproxy.cfg"
-            config.write_text(haproxy_config(directory, version))
-            with haproxy(podman, config):
-                reached("HTTP balanced", balance(lambda: ask_http((network.VIP, HTTP)), wait))
-        except (AmphoraImageError, OSError) as error:
-            report.failure = str(error)
+        undo.callback(remove_containers, podman)
+        for number, (name, step) in enumerate(STEPS.items()):
+            try:
+                detail = step(Box(podman, tar.resolve(), directory))
+            except (AmphoraImageError, *NOT_YET) as error:
+                report.failure = f"{name}: {error}"
+                report.milestones.append(Milestone(name))
+                report.missing = list(STEPS)[number + 1 :]
+                break
+            report.milestones.append(Milestone(name, time.monotonic() - began, detail))
+            tell(report.milestones[-1])
     return report
 
 
-def wait(what: str, attempt: Callable[[], bool | None]) -> bool:
+@dataclass(frozen=True)
+class Box:
+    """What the steps work with.
+
+    :param podman: the program, with the options that keep its files in temporary directories.
+    :param directory: for files of the steps.
+    """
+
+    podman: Sequence[str]
+    tar: Path
+    directory: Path
+
+    @property
+    def version(self) -> str:
+        """The version of the HAProxy in the tar file, for instance ``3.0.11-1``."""
+        return run([*self.podman, "run", *OPTIONS, IMAGE, "haproxy", "-v"]).split()[2]
+
+
+def imported(box: Box) -> str:
+    """Podman takes the tar file for an image."""
+    run([*box.podman, "import", box.tar, IMAGE])
+    return ""
+
+
+def haproxy_starts(box: Box) -> str:
+    """HAProxy tells its version."""
+    return f"haproxy_version {box.version}"
+
+
+def http_balanced(box: Box) -> str:
+    """HAProxy shares requests between the members."""
+    config = box.directory / "haproxy.cfg"
+    config.write_text(haproxy_config(box.directory, box.version))
+    with haproxy(box.podman, config) as process:
+        return balance(lambda: ask_http((network.VIP, HTTP)), partial(wait, process))
+
+
+#: Milestones of a tar file, in order.
+STEPS: dict[str, Callable[[Box], str]] = {
+    "imported": imported,
+    "HAProxy starts": haproxy_starts,
+    "HTTP balanced": http_balanced,
+}
+
+
+def remove_containers(podman: Sequence[str]) -> None:
+    """End all that runs in containers, and what keeps their files in use."""
+    with contextlib.suppress(AmphoraImageError):
+        run([*podman, "rm", "--all", "--force", "--time", "0"])
+
+
+def wait(process: subprocess.Popen[str], what: str, attempt: Callable[[], bool | None]) -> bool:
     """Repeat an attempt, for which an error means not yet, until it returns something.
 
-    :raises OSError: it did not in :data:`PATIENCE`.
+    :raises OSError: it did not in :data:`PATIENCE`, or the process has ended.
     """
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(*NOT_YET):
             if (result := attempt()) is not None:
                 return result
+        if process.poll() is not None:
+            raise OSError(f"HAProxy ended with {process.returncode}; missing: {what}")
         time.sleep(0.1)
     raise OSError(f"after {PATIENCE:.0f} s still missing: {what}")
 
@@ -101,23 +151,25 @@ def haproxy_config(directory: Path, version: str) -> str:
 
 
 @contextlib.contextmanager
-def haproxy(podman: list[str], config: Path) -> Iterator[None]:
-    """Run HAProxy in a container, with no more than its configuration, for a ``with`` block."""
+def haproxy(podman: Sequence[str], config: Path) -> Iterator[subprocess.Popen[str]]:
+    """Run HAProxy in a container, with no more than its configuration, for a ``with`` block.
+
+    :raises AmphoraImageError: the block has failed; the message has what HAProxy said.
+    """
     mount = ["--volume", f"{config}:/etc/haproxy.cfg:ro", "--init=false"]
-    command = [*podman, "run", *OPTIONS, *mount, "--name", IMAGE, IMAGE]
     with subprocess.Popen(
-        [*command, "haproxy", "-db", "-f", "/etc/haproxy.cfg"],
+        [*podman, "run", *OPTIONS, *mount, IMAGE, "haproxy", "-db", "-f", "/etc/haproxy.cfg"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
         try:
-            yield
-        except OSError as error:
+            yield process
+        except NOT_YET as error:
             process.kill()
             said = process.communicate()[1] or ""
             raise AmphoraImageError(f"{error}\n{said[-2000:]}") from error
         finally:
-            with contextlib.suppress(AmphoraImageError):
-                run([*podman, "rm", "--force", "--time", "0", IMAGE])
+            remove_containers(podman)
+            process.kill()

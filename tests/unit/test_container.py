@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from amphora_image import container, network
-from amphora_image.errors import BadValue, HostError
+from amphora_image.errors import AmphoraImageError, BadValue, HostError
+from amphora_image.report import Milestone
 
 
 def test_missing_tar_is_a_bad_value(tmp_path: Path) -> None:
@@ -33,8 +39,55 @@ def test_wait_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionRefusedError
 
     monkeypatch.setattr(container, "PATIENCE", 0.05)
+    runs: Any = SimpleNamespace(poll=lambda: None)
     with pytest.raises(OSError, match="still missing: an answer"):
-        container.wait("an answer", attempt)
+        container.wait(runs, "an answer", attempt)
+
+
+def test_wait_ends_with_haproxy() -> None:
+    """When HAProxy has ended nothing is waited for."""
+
+    def attempt() -> bool:
+        raise ConnectionRefusedError
+
+    ended: Any = SimpleNamespace(poll=lambda: 125, returncode=125)
+    with pytest.raises(OSError, match="HAProxy ended with 125; missing: an answer"):
+        container.wait(ended, "an answer", attempt)
+
+
+STEPS = list(container.STEPS)
+
+
+@pytest.mark.parametrize(
+    ("argument", "milestone"),
+    [("import", STEPS[0]), ("-v", STEPS[1])],
+)
+def test_failure_is_told_by_its_milestone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument: str, milestone: str
+) -> None:
+    """What podman does not do is the failure of the milestone that needs it."""
+
+    def run(argv: Sequence[object]) -> str:
+        if argument in argv:
+            raise AmphoraImageError("podman ended with 125")
+        return "HAProxy version 3.0.11-1 2026/01/01"
+
+    monkeypatch.setattr(container, "run", run)
+    monkeypatch.setattr(container.network, "isolated", contextlib.nullcontext)
+    monkeypatch.setattr(container.network, "add_vips", lambda: None)
+    monkeypatch.setattr(container.members, "serving", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr("shutil.which", lambda program: program)
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    temporary = tempfile.TemporaryDirectory
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", lambda **_: temporary(dir=tmp_path))
+    tar = tmp_path / "a.tar"
+    tar.touch()
+    report = container.prove(tar)
+    number = STEPS.index(milestone)
+    assert report.failure == f"{milestone}: podman ended with 125"
+    assert report.milestones[-1] == Milestone(milestone)
+    assert [each.name for each in report.milestones] + report.missing == STEPS
+    assert len(report.milestones) == number + 1
 
 
 def test_configuration_is_for_a_host_with_small_limits(tmp_path: Path) -> None:
