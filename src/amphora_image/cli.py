@@ -137,6 +137,13 @@ def _check(args: argparse.Namespace) -> None:
         raise CheckFailed(f"{image} breaks {len(broken)} of the rules: {', '.join(broken)}")
 
 
+def _findings(image: Path) -> list[check.Finding]:
+    try:
+        return check.check_image(image)
+    except CheckFailed as error:
+        return [check.Finding("all", "error", str(error), "", "")]
+
+
 def _boot(args: argparse.Namespace) -> None:
     # The controller's side is an extra: amphora-image[prove].
     from amphora_image import container, proof
@@ -162,8 +169,8 @@ def _boot(args: argparse.Namespace) -> None:
                 timeout=args.timeout,
                 tell=tell,
             )
-    if args.report:
-        write_page(report, Path(args.report))
+        if args.report:
+            write_page(report, Path(args.report), _findings(image))
     if args.json:
         print(report.json())
     else:

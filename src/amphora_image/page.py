@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from string import Template
 
+from amphora_image.check import Finding
 from amphora_image.report import Report, Span
 
 _PAGE = Template("""\
@@ -45,19 +47,25 @@ $milestones
 <tr><th>unit<th>took<th>time
 $units
 </table>
+<h2>Findings</h2>
+<table id="findings">
+<tr><th>rule<th>severity<th>what
+$findings
+</table>
 """)
 
 
-def write_page(report: Report, path: Path) -> None:
+def write_page(report: Report, path: Path, findings: Sequence[Finding]) -> None:
     """Write the page.
 
+    :param findings: of ``check``.
     :raises OSError: it cannot be written.
     """
-    path.write_text(as_page(report), encoding="utf-8")
+    path.write_text(as_page(report, findings), encoding="utf-8")
 
 
-def as_page(report: Report) -> str:
-    """Return a report as an HTML document."""
+def as_page(report: Report, findings: Sequence[Finding]) -> str:
+    """Return a report, and what ``check`` has found, as an HTML document."""
     about = {
         "topology": report.topology,
         "accelerator": report.accelerator,
@@ -72,6 +80,7 @@ def as_page(report: Report) -> str:
         failure=failure,
         milestones="\n".join(_milestones(report)),
         units="\n".join(_units(report.units)),
+        findings="\n".join(_findings(findings)),
     )
 
 
@@ -92,6 +101,12 @@ def _milestones(report: Report) -> list[str]:
 def _units(spans: list[Span]) -> list[str]:
     end = max((span.end for span in spans), default=0)
     return [_row(span.name, f"{span.end - span.start:.1f} s", _bar(span, end)) for span in spans]
+
+
+def _findings(findings: Sequence[Finding]) -> list[str]:
+    rows = [(each.rule, each.severity, each.what) for each in findings]
+    rows = rows or [("all", "", "no rule is broken")]
+    return ["<tr>" + "".join(f"<td>{escape(cell)}" for cell in row) for row in rows]
 
 
 def _bar(span: Span, end: float) -> str:

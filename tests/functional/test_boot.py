@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from amphora_image import boot, container, network, proof
+from amphora_image.check import Finding
 from amphora_image.page import write_page
 from amphora_image.report import Milestone, Report, Span
 
@@ -234,7 +235,7 @@ REPORT = Report(
 def test_page_in_a_browser(tmp_path: Path) -> None:
     """A browser shows the page: its tables are whole, its bars have their widths."""
     page, picture = tmp_path / "proof.html", tmp_path / "proof.png"
-    write_page(REPORT, page)
+    write_page(REPORT, page, [Finding("setuid", "error", "/srv/su", "why", "fix")])
     script = """<script>
     const bars = [...document.querySelectorAll(".bar")].map(bar => bar.getBoundingClientRect());
     document.title = [document.querySelectorAll("tr").length, bars.length,
@@ -247,7 +248,7 @@ def test_page_in_a_browser(tmp_path: Path) -> None:
     browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1000,800"]
     browser += [f"--user-data-dir={tmp_path}/profile", f"file://{page}"]
     dom = subprocess.check_output([*browser, "--dump-dom"], text=True, timeout=120)
-    assert "<title>6,3,true,0,rgb(179, 38, 30),true</title>" in dom
+    assert "<title>8,3,true,0,rgb(179, 38, 30),true</title>" in dom
     subprocess.check_call([*browser, f"--screenshot={picture}"], timeout=120)
     assert picture.read_bytes().startswith(b"\x89PNG")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from amphora_image.check import Finding
 from amphora_image.page import as_page, write_page
 from amphora_image.report import Milestone, Report, Span, slowest_units
 
@@ -86,25 +87,25 @@ class Reader(HTMLParser):
 
 def test_page_shows_all_and_loads_nothing(report: Report, tmp_path: Path) -> None:
     """The page has the whole report in it, as text, and needs no other file."""
-    write_page(report, tmp_path / "proof.html")
+    write_page(report, tmp_path / "proof.html", [])
     reader = Reader()
     reader.feed((tmp_path / "proof.html").read_text())
     assert reader.loads == []
     for text in ("a<b>.qcow2", "failed", "40.2 s", "not tried", "<a line & more>", "slow.service"):
         assert text in reader.text
-    assert "url(" not in as_page(report)
+    assert "url(" not in as_page(report, [])
 
 
 def test_bars_follow_one_another(report: Report) -> None:
     """A milestone's bar begins where that of the one before ends."""
-    page = as_page(report)
+    page = as_page(report, [])
     assert "margin-left: 0.00%; width: 3.73%" in page
     assert "margin-left: 3.73%; width: 96.27%" in page
 
 
 def test_page_of_a_report_without_anything() -> None:
     """A proof that saw nothing at all still makes a page."""
-    assert "passed" in as_page(Report("a.qcow2", "tcg", "single", "a.log"))
+    assert "passed" in as_page(Report("a.qcow2", "tcg", "single", "a.log"), [])
 
 
 def test_slowest_units() -> None:
@@ -114,3 +115,12 @@ def test_slowest_units() -> None:
         Span("quick.service", 6.5, 6.75),
     ]
     assert slowest_units(JOURNAL, count=1) == [Span("slow.service", 5.0, 9.0)]
+
+
+def test_page_has_the_findings(report: Report) -> None:
+    """What ``check`` has found is on the page, or that it has found nothing."""
+    found = [Finding("setuid", "error", "/usr/bin/<b> has the mode 4755", "why", "fix")]
+    row = "<tr><td>setuid<td>error<td>/usr/bin/&lt;b&gt; has the mode 4755"
+    assert row in as_page(report, found)
+    assert "no rule is broken" not in as_page(report, found)
+    assert "no rule is broken" in as_page(report, [])
