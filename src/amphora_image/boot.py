@@ -131,10 +131,10 @@ class Machine:
     def patience(self) -> float:
         """Seconds to wait for one thing: what was slow to start systemd is slow in all.
 
-        Where nothing else runs, the slowest of all takes a fifth of it.
+        The slowest thing of all, a reboot until the first heartbeat, takes about half of it.
         """
         started = self.seen(SERIAL_MILESTONES["systemd starts"])
-        return max(PATIENCE, 60 * (started or self.elapsed))
+        return max(PATIENCE, 30 * (started or self.elapsed))
 
     def seen(self, pattern: re.Pattern[str]) -> float | None:
         """Tell when the first line that the pattern is found in came, in seconds."""

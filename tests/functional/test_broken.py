@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from amphora_image import disk, proof
+from amphora_image import boot, disk, proof
 from amphora_image.image import read_image
 
 #: Milestone, what the failure tells of it, what is removed from the image.
@@ -58,11 +58,18 @@ def test_no_initramfs(whole: Path, kernel: str, tmp_path: Path) -> None:
 @pytest.mark.broken
 @pytest.mark.parametrize(("milestone", "says", "path"), BROKEN, ids=[row[0] for row in BROKEN])
 def test_broken_image(
-    whole: Path, kernel: str, tmp_path: Path, milestone: str, says: str, path: str
+    whole: Path,
+    kernel: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    milestone: str,
+    says: str,
+    path: str,
 ) -> None:
     """What misses a file passes all that needs it not, and fails where it does."""
     raw = without(path.format(kernel=kernel), whole, tmp_path / "broken.raw")
-    report = proof.prove(raw, log=tmp_path / "serial.log", timeout=300)
+    monkeypatch.setattr(boot, "PATIENCE", 120.0)
+    report = proof.prove(raw, log=tmp_path / "serial.log")
     reached = [each.name for each in report.milestones if each.seconds is not None]
     steps = list(proof.SINGLE)
     assert report.failure.startswith(f"{milestone}: ")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from amphora_image import cli, container, options, proof
+from amphora_image import check, cli, container, options, proof
 from amphora_image.errors import (
     AmphoraImageError,
     BadValue,
@@ -426,6 +426,11 @@ def test_values_that_are_no_files_are_looked_at_nowhere(monkeypatch: pytest.Monk
     assert cli.diskimage_create(["-s", "0"]) == 3
 
 
+def unreadable(_: Path) -> list[check.Finding]:
+    """Fail to look into an image."""
+    raise HostError("debugfs is missing")
+
+
 @pytest.mark.usefixtures("here")
 def test_failed_proof(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -433,12 +438,15 @@ def test_failed_proof(
     """A failed boot proof is reported in every form that was asked for, and the exit code is 5."""
     report = Report("a.qcow2", "tcg", "single", "a.log", failure="UDP balanced: timed out")
     monkeypatch.setattr(proof, "prove", lambda *_, **__: report)
+    monkeypatch.setattr(check, "check_image", unreadable)
     assert cli.main(["boot", "a.qcow2", "--json", "--report", "a.html"]) == 5
     out, err = capsys.readouterr()
     assert json.loads(out)["failure"] == "UDP balanced: timed out"
     assert "error: UDP balanced: timed out" in err
     assert "a.qcow2.serial.log" in err
-    assert "timed out" in (here / "a.html").read_text()
+    page = (here / "a.html").read_text()
+    assert "timed out" in page
+    assert "<td>debugfs is missing" in page
 
 
 def test_container_proof(
