@@ -16,7 +16,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from amphora_image import host, image_cache, image_files, manifest, sandbox
+from amphora_image import disk_writer, host, image_cache, image_files, manifest, sandbox
 from amphora_image.errors import AmphoraImageError, Interrupted
 from amphora_image.image_cache import Made
 from amphora_image.log import BuildLog, hint_for, that_matter
@@ -135,7 +135,7 @@ def _commands(
     env["DIB_PYTHON_EXEC"] = _python_of_scripts(python, space)
     here = str(space.root)
     work = str(space.work)
-    source = image_files.Source(space.work, request.qemu_img_options)
+    source = disk_writer.Source(space.work, request.qemu_img_options)
     size = int(request.size * GIB)
     env["AMPHORA_TREE"] = str(source.tree)
     return [

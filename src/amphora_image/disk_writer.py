@@ -8,10 +8,20 @@ the file.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from amphora_image import boot_loader
-from amphora_image.partitions import BIOS_BOOT, LAYOUTS, LINUX, Extent, lay, sfdisk_script
+from amphora_image.partitions import (
+    BIOS_BOOT,
+    ESP,
+    LAYOUTS,
+    LINUX,
+    SECTOR,
+    Extent,
+    lay,
+    sfdisk_script,
+)
 from amphora_image.request import Architecture
 from amphora_image.run import run
 
@@ -33,42 +43,85 @@ JOURNAL_MIB = 32
 RESERVED = 1
 
 
-def write_disk(tree: Path, raw: Path, size: int, architecture: Architecture) -> None:
-    """Write a new disk of ``size`` bytes to the file ``raw``, which is sparse.
+@dataclass(frozen=True)
+class Source:
+    """What the files are made of.
+
+    :ivar work: holds the tree, or the disk and the tar that elements of others had DIB make.
+    :ivar qcow2_options: as of ``qemu-img create -o``.
+    """
+
+    work: Path
+    qcow2_options: str = ""
+
+    @property
+    def tree(self) -> Path:
+        """The root file system's tree."""
+        return self.work / "tree"
+
+    @property
+    def esp(self) -> Path:
+        """The files of the EFI system partition."""
+        return self.work / "esp"
+
+    @property
+    def disk(self) -> Path:
+        """The raw disk."""
+        return self.work / "image.raw"
+
+    @property
+    def tar(self) -> Path:
+        """The tar that DIB made."""
+        return self.work / "image.tar"
+
+
+def write_disk(source: Source, size: int, architecture: Architecture) -> None:
+    """Write a new disk of ``size`` bytes, a sparse file.
 
     :raises AmphoraImageError: the tree does not fit, or lacks its boot loader.
     """
-    with raw.open("wb") as file:
+    with source.disk.open("wb") as file:
         file.truncate(size)
     laid = lay(LAYOUTS[architecture], size)
-    run(["sfdisk", "--quiet", raw], stdin=sfdisk_script(laid))
+    run(["sfdisk", "--quiet", source.disk], stdin=sfdisk_script(laid))
     for part, extent in laid.items():
-        CONTENTS[part.type](tree, raw, extent)
+        CONTENTS[part.type](source, extent)
 
 
-def write_root(tree: Path, raw: Path, extent: Extent) -> None:
+def write_root(source: Source, extent: Extent) -> None:
     """Make the root file system and copy the tree into it."""
     run(
         [
-            *("mkfs.ext4", "-q", "-L", ROOT_LABEL, "-d", tree),
+            *("mkfs.ext4", "-q", "-L", ROOT_LABEL, "-d", source.tree),
             *("-b", str(BLOCK), "-i", str(BYTES_PER_INODE), "-I", str(INODE)),
             *("-m", str(RESERVED), "-J", f"size={JOURNAL_MIB}"),
             *("-O", ",".join(("none", *FEATURES))),
             # The new file is all zeros: nothing to discard, and nothing left for the kernel to
             # initialise at the first boot.
             *("-E", f"offset={extent.start},nodiscard,lazy_itable_init=0"),
-            *(raw, str(extent.size // BLOCK)),
+            *(source.disk, str(extent.size // BLOCK)),
         ]
     )
 
 
-def write_grub_for_bios(tree: Path, raw: Path, extent: Extent) -> None:
+def write_grub_for_bios(source: Source, extent: Extent) -> None:
     """Write GRUB to its partition and to the disk's first sector."""
-    boot_loader.install(tree / "boot/grub", raw, extent.start, extent.size)
+    boot_loader.install(source.tree / "boot/grub", source.disk, extent.start, extent.size)
+
+
+def write_esp(source: Source, extent: Extent) -> None:
+    """Make the EFI system partition (UEFI 2.10, section 13.3) and copy its files into it."""
+    place = ("--offset", str(extent.start // SECTOR))
+    kibibytes = str(extent.size // 1024)
+    # One sector a cluster: else mkfs.fat(8) chooses by the size of the whole disk.
+    run(["mkfs.fat", "-F", "32", "-s", "1", "-n", "ESP", *place, source.disk, kibibytes])
+    files = sorted(source.esp.iterdir())
+    run(["mcopy", "-s", "-i", f"{source.disk}@@{extent.start}", *files, "::"])
 
 
 #: A partition's type -> what writes its content.
-CONTENTS: Mapping[str, Callable[[Path, Path, Extent], None]] = {
+CONTENTS: Mapping[str, Callable[[Source, Extent], None]] = {
     BIOS_BOOT: write_grub_for_bios,
+    ESP: write_esp,
     LINUX: write_root,
 }

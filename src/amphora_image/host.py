@@ -27,7 +27,9 @@ OUTPUT_SPACE = GIB
 TOOLS: Mapping[str, str] = {
     "chroot": "coreutils",
     "fstrim": "util-linux",
+    "mcopy": "mtools",
     "mkfs.ext4": "e2fsprogs",
+    "mkfs.fat": "dosfstools",
     "mount": "mount",
     "openssl": "openssl",
     "qemu-img": "qemu-utils",

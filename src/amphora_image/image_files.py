@@ -7,10 +7,9 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
-from amphora_image.disk_writer import write_disk
+from amphora_image.disk_writer import Source, write_disk
 from amphora_image.errors import AmphoraImageError
 from amphora_image.request import Architecture, ImageType
 from amphora_image.run import run
@@ -20,33 +19,6 @@ DISK_TYPES = frozenset({ImageType.QCOW2, ImageType.RAW, ImageType.VHD})
 
 #: What a running system mounts over; a container brings its own.
 MOUNT_POINTS = ("./proc/*", "./sys/*")
-
-
-@dataclass(frozen=True)
-class Source:
-    """What the files are made of.
-
-    :ivar work: holds the tree, or the disk and the tar that elements of others had DIB make.
-    :ivar qcow2_options: as of ``qemu-img create -o``.
-    """
-
-    work: Path
-    qcow2_options: str = ""
-
-    @property
-    def tree(self) -> Path:
-        """The root file system's tree."""
-        return self.work / "tree"
-
-    @property
-    def disk(self) -> Path:
-        """The raw disk."""
-        return self.work / "image.raw"
-
-    @property
-    def tar(self) -> Path:
-        """The tar that DIB made."""
-        return self.work / "image.tar"
 
 
 def write_qcow2(source: Source, file: Path) -> None:
@@ -97,14 +69,22 @@ def write_files(
     :param size: of the disk, bytes.
     :raises AmphoraImageError: one of them cannot be written.
     """
+    set_esp_aside(source)
     if source.tree.exists() and not DISK_TYPES.isdisjoint(files):
         print("phase: disk", flush=True)
-        write_disk(source.tree, source.disk, size, architecture)
+        write_disk(source, size, architecture)
     print("phase: image files", flush=True)
     with ThreadPoolExecutor() as pool:
         writing = [pool.submit(WRITERS[kind], source, file) for kind, file in files.items()]
     for each in writing:
         each.result()
+
+
+def set_esp_aside(source: Source) -> None:
+    """Take the EFI system partition's files out of the tree: they are no part of it."""
+    place = source.tree / "boot/efi"
+    if place.exists():
+        place.rename(source.esp)
 
 
 def argv(

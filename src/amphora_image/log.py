@@ -73,6 +73,10 @@ HINTS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 )
 
 
+#: Characters of a line that are shown.
+WIDTH = 500
+
+
 def hint_for(lines: Iterable[str]) -> str | None:
     """Return what the user can do about a failure that these lines tell of, if that is known."""
     text = "\n".join(lines)
@@ -81,7 +85,7 @@ def hint_for(lines: Iterable[str]) -> str | None:
 
 def that_matter(lines: Iterable[str], most: int = 30) -> list[str]:
     """Return the last lines of a log that can tell why a build failed."""
-    return [line for line in lines if not _NOISE.search(line)][-most:]
+    return [line[:WIDTH] for line in lines if not _NOISE.search(line)][-most:]
 
 
 def phase_of(line: str) -> tuple[str, str] | None:

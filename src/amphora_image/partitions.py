@@ -41,12 +41,16 @@ class Extent(NamedTuple):
 
 
 _BIOS = Part("bios", BIOS_BOOT, MIB)
+# FAT32, which every firmware reads, needs as much; a few megabytes of it are used.
+_ESP = Part("esp", ESP, 64 * MIB)
 _ROOT = Part("root", LINUX, REST)
 
 #: Architecture -> its partitions in order: what the firmware reads, and the root file system.
 LAYOUTS: Mapping[Architecture, tuple[Part, ...]] = {
-    Architecture.AMD64: (_BIOS, _ROOT),
+    Architecture.AMD64: (_BIOS, _ESP, _ROOT),
     Architecture.I386: (_BIOS, _ROOT),
+    Architecture.ARM64: (_ESP, _ROOT),
+    Architecture.ARMHF: (_ESP, _ROOT),
 }
 
 

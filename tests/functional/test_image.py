@@ -137,6 +137,22 @@ def test_boot_loader_is_where_the_bios_looks(
     assert written == bytes(core)
 
 
+def test_efi_system_partition(
+    raw_image: Path, partitions: dict[str, tuple[int, int]], root: Path
+) -> None:
+    """A UEFI finds the signed shim by itself, shim finds GRUB, and GRUB the menu."""
+    start, _ = partitions["esp"]
+    listed = run("mdir", "-/", "-b", "-i", f"{raw_image}@@{start}", "::/EFI").split()
+    assert {name for name in listed if not name.endswith("/")} == {
+        "::/EFI/BOOT/BOOTX64.EFI",
+        "::/EFI/BOOT/grubx64.efi",
+        "::/EFI/debian/grub.cfg",
+    }
+    menu = run("mtype", "-i", f"{raw_image}@@{start}", "::/EFI/debian/grub.cfg")
+    assert "configfile ($root)/boot/grub/grub.cfg" in menu
+    assert not (root / "boot/efi").exists()
+
+
 def test_required_packages_are_installed(root: Path) -> None:
     """The database of dpkg says that each required package is installed and configured."""
     status = run(

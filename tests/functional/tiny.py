@@ -33,8 +33,8 @@ PROGRAMS = """
     awk basename bash cat date dd dirname env find grep mkdir mktemp rm rmdir sed setsid sleep sort
 """
 DIRECTORIES = """
-    boot/grub dev etc lib/diskimage-builder proc root run sys tmp usr/bin usr/lib64 var/lib/dpkg
-    var/log
+    boot/efi/EFI boot/grub dev etc lib/diskimage-builder proc root run sys tmp usr/bin usr/lib64
+    var/lib/dpkg var/log
 """
 FILES = {
     # What looks like a boot loader.

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from amphora_image import disk_writer, image_files
+from amphora_image.disk_writer import Source
 from amphora_image.errors import AmphoraImageError
-from amphora_image.image_files import DISK_TYPES, WRITERS, Source
+from amphora_image.image_files import DISK_TYPES, WRITERS
 from amphora_image.partitions import BIOS_BOOT, LINUX, MIB, SECTOR
 from amphora_image.request import GIB, Architecture, ImageType
 
@@ -38,6 +39,7 @@ def source(tmp_path: Path) -> Source:
     grub.mkdir(parents=True)
     (grub / "boot.img").write_bytes(b"B" * 510 + b"\x55\xaa")
     (grub / "core.img").write_bytes(b"C" * 1000)
+    (tmp_path / "tree/boot/efi/EFI").mkdir(parents=True)
     return Source(tmp_path)
 
 
@@ -56,12 +58,16 @@ def test_every_type_has_a_writer() -> None:
 def test_disk(source: Source, argvs: list[list[str]]) -> None:
     """The disk has its table, the file system in its partition, and GRUB in its two places."""
     written(source, ImageType.RAW)
-    sfdisk, mkfs, convert = argvs
+    sfdisk, mkfat, mcopy, mkfs, convert = argvs
     assert sfdisk == ["sfdisk", "--quiet", str(source.disk)]
     assert mkfs[mkfs.index("-d") + 1] == str(source.tree)
     assert mkfs[mkfs.index("-L") + 1] == disk_writer.ROOT_LABEL
-    assert f"offset={2 * MIB}," in mkfs[mkfs.index("-E") + 1]
-    assert mkfs[-2:] == [str(source.disk), str((SIZE - 3 * MIB) // disk_writer.BLOCK)]
+    assert f"offset={66 * MIB}," in mkfs[mkfs.index("-E") + 1]
+    assert mkfs[-2:] == [str(source.disk), str((SIZE - 67 * MIB) // disk_writer.BLOCK)]
+    assert mkfat[0] == "mkfs.fat"
+    assert mkfat[-4:] == ["--offset", str(2 * MIB // SECTOR), str(source.disk), str(64 * 1024)]
+    assert mcopy[-3:] == [f"{source.disk}@@{2 * MIB}", str(source.esp / "EFI"), "::"]
+    assert not (source.tree / "boot/efi").exists()
     assert convert == [
         "qemu-img",
         "convert",
