@@ -135,15 +135,19 @@ def _commands(
     env["DIB_PYTHON_EXEC"] = _python_of_scripts(python, space)
     here = str(space.root)
     work = str(space.work)
-    source = disk_writer.Source(space.work, request.qemu_img_options)
-    size = int(request.size * GIB)
+    source = disk_writer.Source(
+        work=space.work,
+        name=request.output.name,
+        size=int(request.size * GIB),
+        architecture=request.architecture,
+        qemu_img_options=request.qemu_img_options,
+        vhd_subformat=request.vhd_subformat,
+    )
     env["AMPHORA_TREE"] = str(source.tree)
     return [
         Command(["mkdir", "-p", work], env, here),
         Command(disk_image_create, env, work),
-        Command(
-            [python, *image_files.argv(source, partial, size, request.architecture)], env, work
-        ),
+        Command([python, *image_files.argv(source, partial)], env, work),
     ]
 
 

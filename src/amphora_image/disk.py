@@ -43,6 +43,9 @@ ENVIRONMENT = {
     "LC_ALL": "C.UTF-8",
 }
 
+#: Image types that can be looked into.
+READABLE = (ImageType.QCOW2, ImageType.RAW, ImageType.VHD, ImageType.TAR)
+
 #: First bytes of formats that people try -> what to do.
 OTHER_FORMATS = {
     b"\x1f\x8b": "gzip: unpack it first",
@@ -53,6 +56,8 @@ OTHER_FORMATS = {
     b"KDMV": "VMDK: convert it to qcow2 first",
     b"vhdxfile": "VHDX: convert it to qcow2 first",
     b"<<< ": "VDI: convert it to qcow2 first",
+    b"oci-layout\0": "an OCI archive: take the tar of the same build (-t tar,oci)",
+    b"hsqs": "a squashfs: take the tar of the same build (-t tar,squashfs)",
 }
 #: qcow2's incompatible features that are harmless: compression type, extended L2 entries.
 KNOWN_FEATURES = 1 << 3 | 1 << 4
@@ -146,7 +151,7 @@ def detect(path: Path) -> ImageType:
         return ImageType.RAW
     raise BadValue(
         f"IMAGE is {str(path)!r}, {path.stat().st_size} bytes of no known format",
-        hint=f"allowed are {', '.join(ImageType)}; is it whole?",
+        hint=f"allowed are {', '.join(READABLE)}; is it whole?",
     )
 
 

@@ -22,7 +22,7 @@ from amphora_image.partitions import (
     lay,
     sfdisk_script,
 )
-from amphora_image.request import Architecture
+from amphora_image.request import Architecture, VhdSubformat
 from amphora_image.run import run
 
 #: By this label boot loader, initramfs and fstab(5) find the root file system; cloud images'
@@ -48,11 +48,16 @@ class Source:
     """What the files are made of.
 
     :ivar work: holds the tree, or the disk and the tar that elements of others had DIB make.
-    :ivar qcow2_options: as of ``qemu-img create -o``.
+    :ivar name: of the image.
+    :ivar size: of the disk, bytes.
     """
 
     work: Path
-    qcow2_options: str = ""
+    name: str
+    size: int
+    architecture: Architecture
+    qemu_img_options: str = ""
+    vhd_subformat: VhdSubformat = VhdSubformat.DYNAMIC
 
     @property
     def tree(self) -> Path:
@@ -75,14 +80,14 @@ class Source:
         return self.work / "image.tar"
 
 
-def write_disk(source: Source, size: int, architecture: Architecture) -> None:
-    """Write a new disk of ``size`` bytes, a sparse file.
+def write_disk(source: Source) -> None:
+    """Write a new disk, a sparse file.
 
     :raises AmphoraImageError: the tree does not fit, or lacks its boot loader.
     """
     with source.disk.open("wb") as file:
-        file.truncate(size)
-    laid = lay(LAYOUTS[architecture], size)
+        file.truncate(source.size)
+    laid = lay(LAYOUTS[source.architecture], source.size)
     run(["sfdisk", "--quiet", source.disk], stdin=sfdisk_script(laid))
     for part, extent in laid.items():
         CONTENTS[part.type](source, extent)

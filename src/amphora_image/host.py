@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from amphora_image.errors import AmphoraImageError, HostError
-from amphora_image.request import Architecture, BaseOS, Request
+from amphora_image.request import Architecture, BaseOS, ImageType, Request
 from amphora_image.run import run
 
 GIB = 1024**3
@@ -40,6 +40,9 @@ TOOLS: Mapping[str, str] = {
     "unshare": "util-linux",
 }
 APT_TOOLS: Mapping[str, str] = {"gpgv": "gpgv", "mmdebstrap": "mmdebstrap", "zstd": "zstd"}
+
+#: Image type, the program that it alone needs, its package.
+TYPE_TOOLS = ((ImageType.SQUASHFS, "mksquashfs", "squashfs-tools"),)
 
 #: Where the packages of the distributions put the keys of their archives.
 KEYRINGS: Mapping[BaseOS, tuple[str, Path]] = {
@@ -149,7 +152,8 @@ def require(request: Request) -> None:
     """
     if os.geteuid() != 0:
         raise HostError("building an image needs root", hint="run the same command with sudo")
-    _require_tools({**TOOLS, **(APT_TOOLS if request.debian_family else {})})
+    by_type = {tool: package for kind, tool, package in TYPE_TOOLS if kind in request.image_types}
+    _require_tools({**TOOLS, **(APT_TOOLS if request.debian_family else {}), **by_type})
     _require_keyring(request)
     _require_architecture(request.architecture, platform.machine())
     _require_namespaces()

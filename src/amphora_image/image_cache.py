@@ -72,7 +72,7 @@ def key_of(request: Request, plan: Plan, environ: Mapping[str, str]) -> Key | No
         return None
     name = cache.digest(
         [str(kind) for kind in request.image_types],
-        [str(request.size), request.qemu_img_options],
+        [str(request.size), request.qemu_img_options, request.vhd_subformat],
         plan.elements,
         plan.options,
         dict(plan.environment),

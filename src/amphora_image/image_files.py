@@ -4,26 +4,32 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from amphora_image.disk_writer import Source, write_disk
 from amphora_image.errors import AmphoraImageError
-from amphora_image.request import Architecture, ImageType
+from amphora_image.oci import write_oci
+from amphora_image.request import Architecture, ImageType, VhdSubformat
 from amphora_image.run import run
 
 #: Image types that are made of the raw disk.
 DISK_TYPES = frozenset({ImageType.QCOW2, ImageType.RAW, ImageType.VHD})
 
 #: What a running system mounts over; a container brings its own.
-MOUNT_POINTS = ("./proc/*", "./sys/*")
+MOUNT_POINTS = ("proc/*", "sys/*")
 
 
 def write_qcow2(source: Source, file: Path) -> None:
     """Write a compressed qcow2, by zstd unless the options say otherwise."""
-    options = source.qcow2_options
+    options = source.qemu_img_options
     if "compression_type=" not in options:
         options = ",".join(filter(None, ("compression_type=zstd", options)))
     _convert(source, file, "-O", "qcow2", "-c", "-m", "4", "-W", "-o", options)
@@ -35,8 +41,8 @@ def write_raw(source: Source, file: Path) -> None:
 
 
 def write_vhd(source: Source, file: Path) -> None:
-    """Write a dynamic VHD of exactly the disk's size."""
-    _convert(source, file, "-O", "vpc", "-o", "subformat=dynamic,force_size=on")
+    """Write a VHD of exactly the disk's size."""
+    _convert(source, file, "-O", "vpc", "-o", f"subformat={source.vhd_subformat},force_size=on")
 
 
 def _convert(source: Source, file: Path, *options: str) -> None:
@@ -48,31 +54,51 @@ def write_tar(source: Source, file: Path) -> None:
     if source.tar.exists():
         run(["cp", source.tar, file])
         return
-    excluded = [f"--exclude={pattern}" for pattern in MOUNT_POINTS]
+    excluded = [f"--exclude=./{pattern}" for pattern in MOUNT_POINTS]
     kept = ["--sort=name", "--numeric-owner", "--xattrs", "--xattrs-include=*"]
     run(["tar", "--create", *excluded, *kept, f"--file={file}", f"--directory={source.tree}", "."])
 
 
+def write_oci_image(source: Source, file: Path) -> None:
+    """Write an OCI image of the root file system."""
+    with tempfile.TemporaryDirectory(dir=source.work) as scratch:
+        tar = Path(scratch, "root.tar")
+        write_tar(source, tar)
+        write_oci(tar, file, name=source.name, architecture=source.architecture, created=now())
+
+
+def write_squashfs(source: Source, file: Path) -> None:
+    """Write a squashfs of the root file system, compressed by zstd."""
+    excluded = ["-wildcards", "-e", *MOUNT_POINTS]
+    options = ["-quiet", "-no-progress", "-noappend", "-comp", "zstd"]
+    run(["mksquashfs", source.tree, file, *options, *excluded])
+
+
+def now() -> datetime:
+    """Return the time that files tell: SOURCE_DATE_EPOCH, seconds since 1970, if it is set."""
+    epoch = os.environ.get("SOURCE_DATE_EPOCH")
+    return datetime.fromtimestamp(int(epoch), UTC) if epoch else datetime.now(UTC)
+
+
 WRITERS: Mapping[ImageType, Callable[[Source, Path], None]] = {
+    ImageType.OCI: write_oci_image,
     ImageType.QCOW2: write_qcow2,
     ImageType.RAW: write_raw,
+    ImageType.SQUASHFS: write_squashfs,
     ImageType.TAR: write_tar,
     ImageType.VHD: write_vhd,
 }
 
 
-def write_files(
-    source: Source, files: Mapping[ImageType, Path], size: int, architecture: Architecture
-) -> None:
+def write_files(source: Source, files: Mapping[ImageType, Path]) -> None:
     """Write the files; a disk is made only if one of them needs it.
 
-    :param size: of the disk, bytes.
     :raises AmphoraImageError: one of them cannot be written.
     """
     set_esp_aside(source)
     if source.tree.exists() and not DISK_TYPES.isdisjoint(files):
         print("phase: disk", flush=True)
-        write_disk(source, size, architecture)
+        write_disk(source)
     print("phase: image files", flush=True)
     with ThreadPoolExecutor() as pool:
         writing = [pool.submit(WRITERS[kind], source, file) for kind, file in files.items()]
@@ -87,31 +113,27 @@ def set_esp_aside(source: Source) -> None:
         place.rename(source.esp)
 
 
-def argv(
-    source: Source, files: Mapping[ImageType, Path], size: int, architecture: Architecture
-) -> list[str]:
+def argv(source: Source, files: Mapping[ImageType, Path]) -> list[str]:
     """Return the arguments by which another process calls :func:`write_files`."""
-    options = ["--size", str(size), "--architecture", str(architecture)]
-    options += [f"--qemu-img-options={source.qcow2_options}"]
-    named = [f"{kind}={file}" for kind, file in files.items()]
-    return ["-m", "amphora_image.image_files", *options, str(source.work), *named]
+    named = {str(kind): str(file) for kind, file in files.items()}
+    return ["-m", "amphora_image.image_files", json.dumps([vars(source), named], default=str)]
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Write image files; the last command of a build in its sandbox."""
     parser = argparse.ArgumentParser(prog="python -m amphora_image.image_files")
-    parser.add_argument("--size", type=int, required=True, help="bytes of the disk")
-    parser.add_argument("--architecture", type=Architecture, required=True)
-    parser.add_argument("--qemu-img-options", default="")
-    parser.add_argument("work", type=Path, help="directory with the tree")
-    parser.add_argument("files", nargs="+", help="TYPE=FILE")
-    args = parser.parse_args(words)
-    named = (word.split("=", 1) for word in args.files)
-    files = {ImageType(kind): Path.cwd() / file for kind, file in named}
+    parser.add_argument("job", type=json.loads, help="the source and the files, as JSON")
+    given, named = parser.parse_args(words).job
+    kinds = {"work": Path, "architecture": Architecture, "vhd_subformat": VhdSubformat}
+    source = Source(**{name: kinds.get(name, _same)(value) for name, value in given.items()})
     try:
-        write_files(Source(args.work, args.qemu_img_options), files, args.size, args.architecture)
+        write_files(source, {ImageType(kind): Path(file) for kind, file in named.items()})
     except AmphoraImageError as error:
         sys.exit(f"image files: {error}")
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 if __name__ == "__main__":

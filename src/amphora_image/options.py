@@ -21,6 +21,7 @@ from amphora_image.request import (
     Environment,
     ImageType,
     Request,
+    VhdSubformat,
     choice,
     image_types,
     output_path,
@@ -92,6 +93,12 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
         "--qemu-img-options",
         metavar="OPTIONS",
         help="of a qcow2; compression_type=zlib for hosts with a QEMU before 5.1 (default: zstd)",
+    )
+    add(
+        "--vhd-subformat",
+        default="dynamic",
+        metavar="KIND",
+        help=f"of a vhd: {' | '.join(VhdSubformat)} (default: dynamic)",
     )
     add("--fresh", action="store_true", help="take no image or root file system from the cache")
     add("--offline", action="store_true", help="use what is cached only")
@@ -220,6 +227,7 @@ def read_request(args: argparse.Namespace, env: Mapping[str, str], machine: str)
         kernel=args.kernel,
         log_file=file_path("-l (log file)", args.log_file) if args.log_file else None,
         qemu_img_options=args.qemu_img_options or "",
+        vhd_subformat=choice(VhdSubformat, "--vhd-subformat", args.vhd_subformat),
         root_password=_root_password(args.root_password),
         mandatory_access=args.mandatory_access_control,
         on_disk=args.on_disk or _flag(env, "DIB_NO_TMPFS", default=False),

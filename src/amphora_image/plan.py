@@ -13,7 +13,7 @@ from amphora_image import agent
 from amphora_image.errors import BadValue
 from amphora_image.host import Host
 from amphora_image.image_files import DISK_TYPES
-from amphora_image.request import Architecture, BaseOS, ImageType, Request
+from amphora_image.request import Architecture, BaseOS, Request
 
 #: The directory of our own elements.
 ELEMENTS = Path(__file__).parent / "elements"
@@ -189,7 +189,7 @@ def _types(request: Request) -> list[str]:
     """Return what DIB makes: with our disk a tree only, with others' what all types are made of."""
     ours = not request.environment.elements or OUR_DISK in request.environment.elements
     wants_disk = not DISK_TYPES.isdisjoint(request.image_types)
-    wants_tar = ImageType.TAR in request.image_types and not ours
+    wants_tar = not ours and not DISK_TYPES.issuperset(request.image_types)
     return [*(["tar"] if wants_tar else []), *(["raw"] if wants_disk or ours else [])]
 
 

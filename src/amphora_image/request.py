@@ -52,6 +52,15 @@ class ImageType(StrEnum):
     TAR = "tar"
     RAW = "raw"
     VHD = "vhd"
+    OCI = "oci"
+    SQUASHFS = "squashfs"
+
+
+class VhdSubformat(StrEnum):
+    """How a VHD keeps what is empty: not at all, or as it is."""
+
+    DYNAMIC = "dynamic"
+    FIXED = "fixed"
 
 
 #: Names that other tools use for the same thing.
@@ -210,6 +219,7 @@ class Request:
     :ivar size: of the disk, GiB.
     :ivar output: absolute path without the type's suffix.
     :ivar qemu_img_options: of a qcow2, as of ``qemu-img create -o``.
+    :ivar vhd_subformat: of a VHD.
     :ivar root_password: clear text; never shown.
     """
 
@@ -226,6 +236,7 @@ class Request:
     kernel: str | None = None
     log_file: Path | None = None
     qemu_img_options: str = ""
+    vhd_subformat: VhdSubformat = VhdSubformat.DYNAMIC
     root_password: str | None = field(default=None, repr=False)
     mandatory_access: bool = False
     on_disk: bool = False

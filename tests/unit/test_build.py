@@ -53,10 +53,8 @@ class Sandbox:
     def start(self, mounts: Sequence[Mount], commands: Sequence[Command]) -> Sandbox:
         """Make the files that the commands would make."""
         self.mounts, self.commands = list(mounts), list(commands)
-        for word in commands[-1].argv:
-            kind, _, file = word.partition("=")
-            if kind in set(ImageType):
-                Path(file).write_text(f"new {file[-8:]}")
+        for file in json.loads(commands[-1].argv[-1])[1].values():
+            Path(file).write_text(f"new {file[-8:]}")
         contents = {"packages": {"haproxy": "3"}, "python_packages": {}, "archives": []}
         Path(commands[0].env["AMPHORA_CONTENTS_FILE"]).write_text(json.dumps(contents))
         self.stdout = io.StringIO("".join(self.lines))
@@ -135,11 +133,16 @@ def test_commands(box: Sandbox, wish: Callable[..., Request]) -> None:
     assert create.argv[1].endswith("/disk-image-create")
     assert create.argv[2:] == list(make_plan(request, Host()).argv[1:])
     assert create.env["AMPHORA_TREE"] == f"{create.cwd}/tree"
-    assert write.argv[1:] == [
-        *("-m", "amphora_image.image_files", "--size", str(5 * 1024**3), "--architecture", "amd64"),
-        *("--qemu-img-options=cluster_size=1M", create.cwd),
-        *(word for word in write.argv if word.partition("=")[0] in set(ALL_TYPES)),
-    ]
+    source, files = json.loads(write.argv[-1])
+    assert source == {
+        "work": create.cwd,
+        "name": "lb",
+        "size": 5 * 1024**3,
+        "architecture": "amd64",
+        "qemu_img_options": "cluster_size=1M",
+        "vhd_subformat": "dynamic",
+    }
+    assert list(files) == list(ALL_TYPES)
 
 
 def test_environment_of_the_build(

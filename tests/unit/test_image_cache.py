@@ -17,7 +17,14 @@ from amphora_image.agent import FromGit, Locked, Packaged
 from amphora_image.host import Host, Mirrors
 from amphora_image.image_cache import Key, Made, digests_of, keep, key_of, take
 from amphora_image.plan import make_plan
-from amphora_image.request import Architecture, BaseOS, Environment, ImageType, Request
+from amphora_image.request import (
+    Architecture,
+    BaseOS,
+    Environment,
+    ImageType,
+    Request,
+    VhdSubformat,
+)
 
 STATE = ["0123", "4567"]
 
@@ -87,6 +94,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "size": {"size": Decimal(2)},
     "kernel": {"kernel": "linux-image-amd64"},
     "qcow2 options": {"qemu_img_options": "compression_type=zlib"},
+    "VHD's kind": {"vhd_subformat": VhdSubformat.FIXED},
     "mandatory access control": {"mandatory_access": True},
     "CPU pinning": {"cpu_pinning": True},
     "no sshd": {"sshd": False},

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +15,7 @@ from amphora_image.disk_writer import Source
 from amphora_image.errors import AmphoraImageError
 from amphora_image.image_files import DISK_TYPES, WRITERS
 from amphora_image.partitions import BIOS_BOOT, LINUX, MIB, SECTOR
-from amphora_image.request import GIB, Architecture, ImageType
+from amphora_image.request import GIB, Architecture, ImageType, VhdSubformat
 
 SIZE = 2 * GIB
 
@@ -40,19 +42,24 @@ def source(tmp_path: Path) -> Source:
     (grub / "boot.img").write_bytes(b"B" * 510 + b"\x55\xaa")
     (grub / "core.img").write_bytes(b"C" * 1000)
     (tmp_path / "tree/boot/efi/EFI").mkdir(parents=True)
-    return Source(tmp_path)
+    return a_source(tmp_path)
+
+
+def a_source(work: Path, **changes: Any) -> Source:
+    """The source of an image for amd64, some things changed."""
+    return Source(work=work, name="lb", size=SIZE, architecture=Architecture.AMD64, **changes)
 
 
 def written(source: Source, *kinds: ImageType) -> None:
     """Write image files."""
     files = {kind: source.work / f"lb.{kind}" for kind in kinds}
-    image_files.write_files(source, files, SIZE, Architecture.AMD64)
+    image_files.write_files(source, files)
 
 
 def test_every_type_has_a_writer() -> None:
-    """Each image type can be written, and the tar alone is of no disk."""
+    """Each image type can be written, and those of containers are of no disk."""
     assert set(WRITERS) == set(ImageType)
-    assert set(WRITERS) - DISK_TYPES == {ImageType.TAR}
+    assert set(WRITERS) - DISK_TYPES == {ImageType.TAR, ImageType.OCI, ImageType.SQUASHFS}
 
 
 def test_disk(source: Source, argvs: list[list[str]]) -> None:
@@ -103,7 +110,7 @@ def test_tar_makes_no_disk(source: Source, argvs: list[list[str]]) -> None:
 
 def test_others_make_a_disk_and_a_tar(tmp_path: Path, argvs: list[list[str]]) -> None:
     """Without a tree, files are made of the disk and the tar that diskimage-builder made."""
-    source = Source(tmp_path)
+    source = a_source(tmp_path)
     source.disk.touch()
     source.tar.touch()
     written(source, ImageType.QCOW2, ImageType.TAR)
@@ -121,18 +128,52 @@ def test_others_make_a_disk_and_a_tar(tmp_path: Path, argvs: list[list[str]]) ->
 )
 def test_qcow2_options(source: Source, argvs: list[list[str]], options: str, given: str) -> None:
     """A qcow2 is compressed by zstd unless its options say otherwise."""
-    image_files.write_qcow2(Source(source.work, options), source.work / "lb.qcow2")
+    changed = a_source(source.work, qemu_img_options=options)
+    image_files.write_qcow2(changed, source.work / "lb.qcow2")
     [convert] = argvs
     assert convert[convert.index("-o") + 1] == given
     assert "-c" in convert
+
+
+@pytest.mark.parametrize("subformat", VhdSubformat)
+def test_vhd(source: Source, argvs: list[list[str]], subformat: VhdSubformat) -> None:
+    """A VHD is of the kind that was asked for, and of the disk's size."""
+    image_files.write_vhd(a_source(source.work, vhd_subformat=subformat), source.work / "lb.vhd")
+    [convert] = argvs
+    assert convert[convert.index("-o") + 1] == f"subformat={subformat},force_size=on"
+
+
+def test_squashfs(source: Source, argvs: list[list[str]]) -> None:
+    """A squashfs is made of the tree, without what is mounted over."""
+    written(source, ImageType.SQUASHFS)
+    [argv] = argvs
+    assert argv[:3] == ["mksquashfs", str(source.tree), str(source.work / "lb.squashfs")]
+    assert argv[-2:] == list(image_files.MOUNT_POINTS)
+
+
+def test_oci(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An OCI image is made of the tar, its time is SOURCE_DATE_EPOCH, and no other file stays."""
+
+    def tar(argv: Sequence[object], **_: object) -> str:
+        [file] = (word for word in map(str, argv) if word.startswith("--file="))
+        Path(file.removeprefix("--file=")).write_bytes(b"tree")
+        return ""
+
+    monkeypatch.setattr(image_files, "run", tar)
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
+    written(source, ImageType.OCI)
+    with tarfile.open(source.work / "lb.oci") as archive:
+        assert {member.mtime for member in archive} == {0}
+    assert {path.name for path in source.work.iterdir()} == {"tree", "esp", "lb.oci"}
 
 
 def test_main_does_what_argv_says(
     source: Source, argvs: list[list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The words of one process are understood by the other."""
-    files = {kind: source.work / f"l=b.{kind}" for kind in ImageType}
-    module, *words = image_files.argv(source, files, SIZE, Architecture.AMD64)[1:]
+    kinds = DISK_TYPES | {ImageType.TAR}
+    files = {kind: source.work / f"l=b.{kind}" for kind in kinds}
+    module, *words = image_files.argv(source, files)[1:]
     assert module == "amphora_image.image_files"
     image_files.main(words)
     targets = {word for argv in argvs for word in argv if "l=b" in word}
@@ -147,6 +188,6 @@ def test_failure(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
         raise AmphoraImageError("tar ended with 2")
 
     monkeypatch.setattr(image_files, "run", run)
-    words = image_files.argv(source, {ImageType.TAR: Path("/x")}, SIZE, Architecture.AMD64)[2:]
+    words = image_files.argv(source, {ImageType.TAR: Path("/x")})[2:]
     with pytest.raises(SystemExit, match="image files: tar ended with 2"):
         image_files.main(words)
