@@ -45,6 +45,7 @@ APT_TOOLS: Mapping[str, str] = {"gpgv": "gpgv", "mmdebstrap": "mmdebstrap", "zst
 TYPE_TOOLS = ((ImageType.SQUASHFS, "mksquashfs", "squashfs-tools"),)
 
 #: Where the packages of the distributions put the keys of their archives.
+#: A file of the same name in PACKAGED_KEYRINGS stands in for one that is not installed.
 KEYRINGS: Mapping[BaseOS, tuple[str, Path]] = {
     BaseOS.DEBIAN: (
         "debian-archive-keyring",
@@ -55,6 +56,8 @@ KEYRINGS: Mapping[BaseOS, tuple[str, Path]] = {
         Path("/usr/share/keyrings/ubuntu-archive-keyring.gpg"),
     ),
 }
+
+PACKAGED_KEYRINGS = Path(__file__).parent / "keyrings"
 
 MACHINES: Mapping[str, Architecture] = {
     "x86_64": Architecture.AMD64,
@@ -82,7 +85,7 @@ class Host:
 
     :ivar base_os: what it runs, if that is one that we build.
     :ivar mirrors: where its own packages come from, if it runs apt.
-    :ivar keyrings: keys of the archives that are installed here.
+    :ivar keyrings: the files with the keys of the archives, as far as there are any here.
     """
 
     base_os: BaseOS | None = None
@@ -98,8 +101,15 @@ def look() -> Host:
     return Host(
         base_os=base_os,
         mirrors=_own_mirrors(base_os, release.get("VERSION_CODENAME", "")),
-        keyrings={base_os: path for base_os, (_, path) in KEYRINGS.items() if path.exists()},
+        keyrings={base_os: path for base_os in KEYRINGS if (path := keyring_of(base_os))},
     )
+
+
+def keyring_of(base_os: BaseOS) -> Path | None:
+    """Return the file with the keys of a base OS's archive: the host's, or the one we bring."""
+    _, installed = KEYRINGS[base_os]
+    candidates = (installed, PACKAGED_KEYRINGS / installed.name)
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def default_architecture(machine: str) -> Architecture:
@@ -188,7 +198,7 @@ def _require_keyring(request: Request) -> None:
     given = request.environment.keyring
     if given and not given.is_file():
         raise HostError(f"DIB_APT_KEYRING is {given}, which is no file")
-    if not given and not path.exists():
+    if not given and not keyring_of(request.base_os):
         raise HostError(
             f"the keys of {request.base_os}'s archive are missing: {path}",
             hint=f"install the package {package}, or set DIB_APT_KEYRING to a file with the keys",

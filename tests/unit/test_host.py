@@ -121,6 +121,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
 
     keyrings = {base_os: (f"{base_os}-keys", have.keyring) for base_os in host.KEYRINGS}
     monkeypatch.setattr(host, "KEYRINGS", keyrings)
+    monkeypatch.setattr(host, "PACKAGED_KEYRINGS", tmp_path / "packaged")
     monkeypatch.setattr(host, "run", run)
     monkeypatch.setattr(host, "available_memory", lambda: have.memory)
     monkeypatch.setattr(host.os, "geteuid", lambda: have.uid)
@@ -202,6 +203,24 @@ def test_given_keyring_is_enough(
     """With DIB_APT_KEYRING the host needs no keyring package."""
     machine.keyring.rename(tmp_path / "mine.gpg")
     host.require(a_request(environment=Environment(keyring=tmp_path / "mine.gpg")))
+
+
+def test_a_packaged_keyring_is_enough(
+    machine: SimpleNamespace, a_request: Callable[..., Request]
+) -> None:
+    """Where the distribution's keyring is not installed, ours is used; where it is, that one."""
+    packaged = host.PACKAGED_KEYRINGS / machine.keyring.name
+    packaged.parent.mkdir()
+    packaged.touch()
+    assert host.look().keyrings[BaseOS.UBUNTU] == machine.keyring
+    machine.keyring.unlink()
+    assert host.look().keyrings[BaseOS.UBUNTU] == packaged
+    host.require(a_request(base_os=BaseOS.UBUNTU))
+
+
+def test_ubuntu_keys_are_always_there() -> None:
+    """No build host lacks the keys of the default base OS's archive."""
+    assert (host.PACKAGED_KEYRINGS / host.KEYRINGS[BaseOS.UBUNTU][1].name).is_file()
 
 
 def test_other_base_oses_need_no_apt(
