@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from tiny import Elements, Scene, make_elements
+from ubuntu_archive import Archive, make_archive
 
 #: The README's command for a Debian amphora, and its tar file as well.
 COMMAND = Path(__file__).parents[2] / "diskimage-create.sh"
@@ -47,3 +48,14 @@ def debian_image(debian_cache: Path, tmp_path_factory: pytest.TempPathFactory) -
     directory = tmp_path_factory.mktemp("debian")
     subprocess.run([COMMAND, *OPTIONS, "-c", debian_cache], cwd=directory, check=True)
     return directory / "amphora-x64-haproxy.qcow2"
+
+
+@pytest.fixture(scope="session")
+def ubuntu_archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
+    """An archive as Ubuntu's, for a mirror to serve.
+
+    AMPHORA_TEST_CACHE names a directory for Debian's packages, which are else fetched anew.
+    """
+    directory = tmp_path_factory.mktemp("archive")
+    cache = os.environ.get("AMPHORA_TEST_CACHE")
+    return make_archive(directory, Path(cache) if cache else directory / "cache")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import http.server
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,6 +66,78 @@ Fault = Callable[[Request], bool]
 def no_fault(_: Request) -> bool:
     """Leave every request to the server."""
     return False
+
+
+@dataclass
+class On:
+    """A fault of the files whose path fits a pattern, the first times or always.
+
+    :ivar answer: what is done instead.
+    """
+
+    pattern: str
+    answer: Callable[[Request], None]
+    times: int | None = None
+
+    def __call__(self, request: Request) -> bool:
+        """Answer if this is a request for such a file."""
+        if self.times == 0 or not re.search(self.pattern, request.path):
+            return False
+        if self.times:
+            self.times -= 1
+        self.answer(request)
+        return True
+
+
+def refuses(status: int) -> Callable[[Request], None]:
+    """Answer with a status of HTTP and nothing else."""
+    return lambda request: request.send_error(status)
+
+
+def says(data: Callable[[Request], bytes]) -> Callable[[Request], None]:
+    """Answer with other data than the file's."""
+
+    def answer(request: Request) -> None:
+        _begin(request, body := data(request))
+        request.wfile.write(body)
+
+    return answer
+
+
+def changed(request: Request) -> bytes:
+    """Return the file with one bit changed in its middle."""
+    data = bytearray(request.file.read_bytes())
+    data[len(data) // 2] ^= 1
+    return bytes(data)
+
+
+def cuts(request: Request) -> None:
+    """Answer with half of the file, and end the connection."""
+    _begin(request, body := request.file.read_bytes())
+    request.wfile.write(body[: len(body) // 2])
+    request.close_connection = True
+
+
+def stalls(request: Request) -> None:
+    """Answer with half of the file, and say nothing more."""
+    _begin(request, body := request.file.read_bytes())
+    request.wfile.write(body[: len(body) // 2])
+    request.mirror.closing.wait()
+    request.close_connection = True
+
+
+def redirects(request: Request) -> None:
+    """Send the client to where it is."""
+    request.send_response(302)
+    request.send_header("Location", request.path)
+    request.send_header("Content-Length", "0")
+    request.end_headers()
+
+
+def _begin(request: Request, body: bytes) -> None:
+    request.send_response(200)
+    request.send_header("Content-Length", str(len(body)))
+    request.end_headers()
 
 
 @contextmanager

@@ -33,6 +33,10 @@ DATA = Path(__file__).parents[1] / "data/ubuntu"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 COMPONENTS = ("main", "universe")
 SUITES = ("", "-updates", "-security")
+
+#: Release files: what is appended to their names, and how long they are valid from now on.
+#: Ubuntu's do not expire.
+ENDINGS = {"": None, ".expired": timedelta(days=-1)}
 DEBIAN_KERNEL = "linux-image-cloud-amd64"
 
 #: Packages that this module makes: nothing of these names is taken from Debian.
@@ -190,8 +194,10 @@ def changed(
     """Return a package with Ubuntu's differences."""
     tree = work / package.name
     run("dpkg-deb", "--raw-extract", package.file, tree)
+    conffiles = tree / "DEBIAN/conffiles"
     for path in change.get("remove", ()):
         (tree / path).unlink()
+        conffiles.write_text(conffiles.read_text().replace(f"/{path}\n", ""))
     overlay = DATA / "overlays" / package.name
     for source in sorted(path for path in overlay.rglob("*") if path.is_file()):
         target = tree / source.relative_to(overlay)
@@ -337,7 +343,9 @@ def publish(
         for component in COMPONENTS:
             text = "\n".join(entries.get((suite, component), ()))
             index(directory / component / "binary-amd64/Packages", text.encode())
-        sign(directory, release_fields(archive.release, suite, row["version"]), gpg)
+        for ending, lifetime in ENDINGS.items():
+            fields = release_fields(archive.release, suite, row["version"], lifetime)
+            sign(directory, fields, gpg, ending)
 
 
 def index(path: Path, data: bytes) -> None:
@@ -350,9 +358,9 @@ def index(path: Path, data: bytes) -> None:
 
 
 def release_fields(
-    release: str, suite: str, version: str, lifetime: timedelta | None = None
+    release: str, suite: str, version: str, lifetime: timedelta | None
 ) -> dict[str, str]:
-    """Return the fields of a Release file as Ubuntu's has them; Ubuntu's do not expire.
+    """Return the fields of a Release file as Ubuntu's has them.
 
     :param lifetime: from now on, negative for the past; then the file has Valid-Until.
     """
@@ -363,7 +371,7 @@ def release_fields(
         "Suite": release + suite,
         "Version": version,
         "Codename": release,
-        "Date": format_datetime(min(now, now + (lifetime or timedelta())), usegmt=True),
+        "Date": format_datetime(now - timedelta(days=7), usegmt=True),
         "Architectures": "amd64",
         "Components": " ".join(COMPONENTS),
         "Description": f"Ubuntu {release.title()} {version}",
@@ -374,7 +382,7 @@ def release_fields(
     return fields
 
 
-def sign(directory: Path, fields: Mapping[str, str], gpg: Sequence[str]) -> None:
+def sign(directory: Path, fields: Mapping[str, str], gpg: Sequence[str], ending: str) -> None:
     """Write Release, Release.gpg and InRelease of a suite's directory."""
     lines = [f"{key}: {text}" for key, text in fields.items()]
     lines.append("SHA256:")
@@ -382,7 +390,7 @@ def sign(directory: Path, fields: Mapping[str, str], gpg: Sequence[str]) -> None
         data = path.read_bytes()
         digest = hashlib.sha256(data).hexdigest()
         lines.append(f" {digest} {len(data)} {path.relative_to(directory)}")
-    release = directory / "Release"
+    release = directory / f"Release{ending}"
     release.write_text("\n".join(lines) + "\n")
     for name, option in (("InRelease", "--clear-sign"), ("Release.gpg", "--detach-sign")):
-        run(*gpg, "--yes", "--armor", "--output", directory / name, option, release)
+        run(*gpg, "--armor", "--output", directory / f"{name}{ending}", option, release)
