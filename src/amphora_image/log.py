@@ -47,6 +47,11 @@ HINTS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
             "no space: make the image larger (-s), or build on a disk with room (-f -w DIRECTORY)",
         ),
         (
+            r"BADSIG|invalid signature|[Bb]ad signature",
+            "a file of the archive is not what was signed: something on the way changed it; "
+            "name another mirror (BASE_OS_MIRROR)",
+        ),
+        (
             r"NO_PUBKEY|no public key|is not signed|EXPKEYSIG|signature verification failed",
             "the archive's signature is not trusted: install the archive's keyring package, "
             "or set DIB_APT_KEYRING to a file with its keys",
@@ -56,6 +61,37 @@ HINTS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
             r"|self.signed certificate|certificate is NOT trusted",
             "a TLS certificate is not trusted: add your CA to the host's trust store, "
             "and set SSL_CERT_FILE for Python's packages",
+        ),
+        (
+            r"Release file for \S+ is (expired|not valid yet)",
+            "the mirror is not kept up to date any more, or this host's clock is wrong: "
+            "see date, or name another mirror (BASE_OS_MIRROR)",
+        ),
+        (
+            r"Hash Sum mismatch|File has unexpected size",
+            "a file of the mirror is not the one that its signed index names: the mirror is being "
+            "updated, or something on the way changes files; try again later, or name another "
+            "mirror (BASE_OS_MIRROR)",
+        ),
+        (
+            r"\b40[34]\s+(Not Found|Forbidden)",
+            "a file is not on the mirror: the mirror is not complete, or -d or its URL is wrong "
+            "(BASE_OS_MIRROR, UV_DEFAULT_INDEX)",
+        ),
+        (
+            r"\b5\d\d\s+(Internal|Bad Gateway|Service|Gateway)",
+            "the mirror or a proxy is out of order: try again later, or name another mirror "
+            "(BASE_OS_MIRROR, UV_DEFAULT_INDEX)",
+        ),
+        (
+            r"Redirection loop",
+            "the mirror sends its clients in a circle: name its own URL, or another mirror "
+            "(BASE_OS_MIRROR)",
+        ),
+        (
+            r"Error reading from server|Connection timed out|Remote end closed",
+            "the connection to a mirror broke off, each time that it was tried: check the network "
+            "and proxies, or name another mirror (BASE_OS_MIRROR, UV_DEFAULT_INDEX)",
         ),
         (
             r"Could not resolve|Failed to fetch|Connection (failed|refused|timed out)"

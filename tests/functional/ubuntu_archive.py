@@ -39,11 +39,11 @@ SUITES = ("", "-updates", "-security")
 ENDINGS = {"": None, ".expired": timedelta(days=-1)}
 DEBIAN_KERNEL = "linux-image-cloud-amd64"
 
-#: Packages that this module makes: nothing of these names is taken from Debian.
-KERNELS = ("linux-image-generic", "linux-image-virtual")
-
 #: What the kernel's packages and the changed ones need, beyond what elements ask for.
-FURTHER = ("adduser", "apt", "dhcpcd-base", "linux-base", "netplan.io", "ubuntu-keyring")
+FURTHER = (
+    *("adduser", "apt", "dhcpcd-base", "grub-efi-amd64", "linux-base", "netplan.io"),
+    "ubuntu-keyring",
+)
 
 
 @dataclass(frozen=True)
@@ -90,14 +90,11 @@ def tables() -> dict[str, Any]:
     return tomllib.loads((DATA / "ubuntu.toml").read_text())
 
 
-def components(release: str) -> dict[str, str]:
-    """Return the component of each package of names.txt in a release."""
-    header, *rows = (
-        line.lstrip("# ").split()
-        for line in (DATA / "names.txt").read_text().splitlines()
-        if line.startswith("# name") or line[0] != "#"
-    )
-    return {row[0]: row[header.index(release)] for row in rows}
+def names(column: str) -> dict[str, str]:
+    """Return a column of names.txt by package: a release's components, or ``archive``."""
+    lines = (DATA / "names.txt").read_text().splitlines()
+    header, *rows = [line.lstrip("# ").split() for line in lines if re.match("# name|[a-z]", line)]
+    return {row[0]: row[header.index(column)] for row in rows}
 
 
 def run(*argv: str | Path, **options: Any) -> str:
@@ -111,9 +108,9 @@ def make_archive(directory: Path, cache: Path, release: str = "noble") -> Archiv
     :param cache: directory for what Debian's archive holds; it may be used again.
     """
     row = tables()["releases"][release]
-    names = [name for name in components(release) if name not in KERNELS]
+    from_debian = [name for name, how in names("archive").items() if how == "debian"]
     debian = Debian(cache / row["debian"], row["debian"])
-    packages = {package.name: package for package in debian.fetch([*names, *FURTHER])}
+    packages = {package.name: package for package in debian.fetch([*from_debian, *FURTHER])}
     work = directory / "made"
     work.mkdir(parents=True)
     for name, change in tables()["changes"].items():
@@ -155,9 +152,9 @@ class Debian:
         self._archives = root / "cache/archives"
         run("apt-get", *self._options, "--quiet=2", "update")
 
-    def fetch(self, names: Sequence[str]) -> list[Package]:
+    def fetch(self, wanted: Sequence[str]) -> list[Package]:
         """Return the packages of these names, the essential ones and all that they depend on."""
-        install = ["apt-get", *self._options, "--yes", "install", "?essential", *names]
+        install = ["apt-get", *self._options, "--yes", "install", "?essential", *wanted]
         said = run(*install, "--simulate")
         run(*install, "--quiet=2", "--download-only")
         closure = re.findall(r"^Inst (\S+)", said, re.MULTILINE)
@@ -170,8 +167,8 @@ class Debian:
         run("apt-get", *self._options, "--quiet=2", "download", actual, cwd=self._archives)
         return self._package(*self._show([actual]))
 
-    def _show(self, names: Sequence[str]) -> list[dict[str, str]]:
-        said = run("apt-cache", *self._options, "show", "--no-all-versions", *names)
+    def _show(self, wanted: Sequence[str]) -> list[dict[str, str]]:
+        said = run("apt-cache", *self._options, "show", "--no-all-versions", *wanted)
         return [control_fields(text) for text in said.split("\n\n") if text.strip()]
 
     def _package(self, fields: Mapping[str, str]) -> Package:
@@ -276,7 +273,7 @@ def kernel_packages(debian: Package, row: Mapping[str, str], work: Path) -> Iter
         },
     )
     yield packed(modules, {"Package": modules.name, "Version": number, **common})
-    for name in KERNELS:
+    for name in (name for name, how in names("archive").items() if how == "made"):
         for build in (first, abi):
             meta = work / f"{name}-{build}"
             meta.mkdir()
@@ -318,7 +315,7 @@ def publish(
     archive: Archive, packages: Iterable[Package], row: Mapping[str, str], gpg: Sequence[str]
 ) -> None:
     """Write pool and suites of an archive."""
-    known = components(archive.release)
+    known = names(archive.release)
     rules = tables()["suites"]
     oldest = f"{row['first_kernel']}."
     entries: dict[tuple[str, str], list[str]] = {}

@@ -108,6 +108,9 @@ UV_DNS = (
     "  cause: failed to lookup address information: Name or service not known"
 )
 
+INRELEASE = "http://mirror.example.org/ubuntu/dists/noble/InRelease"
+FETCH = f"E: Failed to fetch {INRELEASE}"
+
 
 @pytest.mark.parametrize(
     ("said", "hint"),
@@ -126,6 +129,17 @@ UV_DNS = (
         (APT_DNS, "BASE_OS_MIRROR"),
         (APT_REFUSED, "BASE_OS_MIRROR"),
         (UV_DNS, "UV_DEFAULT_INDEX"),
+        (f"{FETCH}  The following signatures were invalid: BADSIG 0123", "not what was signed"),
+        (f"E: Release file for {INRELEASE} is expired (invalid since 1d)", "clock"),
+        (f"E: Release file for {INRELEASE} is not valid yet (invalid for 1d)", "clock"),
+        (f"{FETCH}  Hash Sum mismatch", "being updated"),
+        (f"{FETCH}  File has unexpected size (1 != 2). Mirror sync in progress?", "being updated"),
+        (f"{FETCH}  404  Not Found [IP: 192.0.2.1 80]", "not complete"),
+        (f"{FETCH}  500  Internal Server Error [IP: 192.0.2.1 80]", "out of order"),
+        (f"{FETCH}  503  Service Unavailable [IP: 192.0.2.1 80]", "out of order"),
+        (f"{FETCH}  Redirection loop encountered", "circle"),
+        (f"{FETCH}  Error reading from server. Remote end closed connection", "broke off"),
+        (f"{FETCH}  Connection timed out [IP: 192.0.2.1 80]", "broke off"),
         ("E: Unable to locate package linux-image-none", "-k"),
         ("E: Package 'linux-image-none' has no installation candidate", "-k"),
         ("E: Unable to correct problems, you have held broken packages.", "-k"),
