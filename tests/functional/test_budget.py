@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The image under test keeps within the budget, as far as one image and its own cache can tell.
+
+``bench/run`` holds all of ``bench/budget.toml``, with the established way and the floor beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from amphora_image.image import read_image
+from amphora_image.plan import ELEMENTS
+from bench import budget
+from bench.report import rest
+
+COMMAND = Path(__file__).parents[2] / "diskimage-create.sh"
+LIMITS = budget.load()
+
+
+@pytest.fixture(scope="module")
+def cache(debian_image: Path) -> Path:
+    """The cache that the image's build has filled."""
+    found = debian_image.parent / "cache"
+    if not found.exists():
+        pytest.skip("an image that AMPHORA_TEST_IMAGE names has no cache beside it")
+    return found
+
+
+@pytest.fixture(scope="module")
+def seconds(debian_image: Path, cache: Path) -> dict[str, float]:
+    """Phase -> seconds of the image's build, which began with an empty cache."""
+    assert cache.is_dir()
+    found: dict[str, float] = json.loads(Path(f"{debian_image}.json").read_text())["seconds"]
+    return found
+
+
+def rebuild(cache: Path, directory: Path, **environment: str) -> float:
+    """Build the image once more, elsewhere; return the seconds."""
+    start = time.monotonic()
+    options = ["-i", "debian", "-t", "qcow2,tar", "-c", cache]
+    subprocess.run(
+        [COMMAND, *options], cwd=directory, env={**os.environ, **environment}, check=True
+    )
+    return time.monotonic() - start
+
+
+def test_bytes(debian_image: Path) -> None:
+    """The file and all that is in it are small beside the established composition's image."""
+    files = read_image(debian_image).tree.entries.values()
+    bytes_of = {
+        "qcow2": debian_image.stat().st_size,
+        "used": sum(entry.size for entry in files if entry.is_file),
+    }
+    shares = {name: count / LIMITS.recorded[name] for name, count in bytes_of.items()}
+    assert LIMITS.excesses(shares) == []
+
+
+def test_packages_take_most_of_a_cold_build(seconds: dict[str, float]) -> None:
+    """All that is done beside installing packages is a small part of a build."""
+    phases = {name: {"seconds": taken} for name, taken in seconds.items()}
+    assert LIMITS.excesses({"rest": rest(phases)}) == []
+
+
+def test_nothing_changed(cache: Path, seconds: dict[str, float], tmp_path: Path) -> None:
+    """A build of the same image again takes next to no time."""
+    share = rebuild(cache, tmp_path) / sum(seconds.values())
+    assert LIMITS.excesses({"warm": share}) == []
+
+
+def test_last_element_changed(cache: Path, seconds: dict[str, float], tmp_path: Path) -> None:
+    """A change of the last element does not install the packages again."""
+    element = tmp_path / "elements/amphora-trim"
+    shutil.copytree(ELEMENTS / "amphora-trim", element)
+    script = max(element.glob("*.d/*"))
+    script.write_text(script.read_text() + "# Changed.\n")
+    share = rebuild(cache, tmp_path, DIB_LOCAL_ELEMENTS_PATH=str(element.parent))
+    assert LIMITS.excesses({"element": share / sum(seconds.values())}) == []
