@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from amphora_image.build import signals_interrupt
 from amphora_image.errors import AmphoraImageError
 from bench import budget, rounds, scaling
 from bench.measure import Failed, write_whole
@@ -70,6 +71,15 @@ def report(out: Path) -> list[str]:
     return limits.excesses({n: s for n, s in document["shares"].items() if n in limits.most})
 
 
+def measure(chosen: Sequence[str], repeat: int, place: Place) -> None:
+    """Do what the chosen parts lack."""
+    for number in range(1, repeat + 1):
+        for name in (name for name in ROUNDS if name in chosen):
+            ROUNDS[name](place, number)
+    for name in (name for name in ONCE if name in chosen):
+        ONCE[name](place)
+
+
 def main() -> int:
     """Run the benchmark; return 0, 1 after a failure, or 4 if the budget is not held."""
     args = parser().parse_args()
@@ -77,14 +87,11 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     place = Place(out, lambda line: print(f"* {line}", file=sys.stderr, flush=True))
     try:
-        for number in range(1, args.repeat + 1):
-            for name in (name for name in ROUNDS if name in args.only):
-                ROUNDS[name](place, number)
-        for name in (name for name in ONCE if name in args.only):
-            ONCE[name](place)
+        with signals_interrupt():
+            measure(args.only, args.repeat, place)
     except (AmphoraImageError, Failed) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return getattr(error, "exit_code", 1)
     over = report(out)
     print((out / "report.rst").read_text().partition("Bytes: ")[0])
     print(*over, sep="\n")

@@ -92,11 +92,14 @@ def sample() -> Sample:
     )
 
 
-def measure(process: subprocess.Popen[str], log: Path) -> Run:
+def measure(
+    process: subprocess.Popen[str], log: Path, ending: signal.Signals = signal.SIGKILL
+) -> Run:
     """Follow a started command to its end.
 
     :param process: its standard output is a pipe with all that it says.
     :param log: where to keep what it said, each line after its seconds.
+    :param ending: the signal that ends it if this ends first.
     :raises Failed: its status is not 0.
     """
     start = time.monotonic()
@@ -112,15 +115,15 @@ def measure(process: subprocess.Popen[str], log: Path) -> Run:
     assert process.stdout
     log.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with log.open("w") as file:
-            for line in process.stdout:
+        with log.open("w") as file, process.stdout as said:
+            for line in said:
                 lines.append((time.monotonic(), line.rstrip()))
                 file.write(f"{lines[-1][0] - start:8.2f} {line}")
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     finally:
         if process.returncode is None:
-            os.kill(process.pid, signal.SIGTERM)
+            process.send_signal(ending)
             process.wait()
         ended.set()
         watcher.join()
@@ -138,7 +141,8 @@ def command(
     :raises Failed: its status is not 0.
     """
     process = subprocess.Popen(
-        [str(word) for word in argv],
+        # It ends, and undoes what it has begun, if this process ends for any reason.
+        ["setpriv", "--pdeathsig", "TERM", "--", *map(str, argv)],
         cwd=cwd,
         env=env,
         stdin=subprocess.DEVNULL,
@@ -147,7 +151,7 @@ def command(
         text=True,
         errors="replace",
     )
-    return measure(process, log)
+    return measure(process, log, signal.SIGTERM)
 
 
 def spans(run: Run, begins: Callable[[str], str | None]) -> list[Span]:

@@ -47,7 +47,9 @@ SHARES = {
     "element": ("ours-element", "ours-cold", "seconds"),
     "agent": ("ours-agent", "ours-cold", "seconds"),
     "five": ("ours-five", "ours-cold", "seconds"),
+    "cold, CPU": ("ours-cold", "established", "cpu_seconds"),
     "of the floor": ("ours-cold", "floor", "seconds"),
+    "of the floor, CPU": ("ours-cold", "floor", "cpu_seconds"),
 }
 
 #: Share -> milestone of the boot proof.
