@@ -188,16 +188,13 @@ def _builds(builds: Mapping[str, Any]) -> str:
 
 
 def _shares(found: Mapping[str, float], budget: Budget) -> str:
-    rows = [
-        [
-            name,
-            f"{share:.3f}",
-            f"{budget.most[name]}" if name in budget.most else "none",
-            "over" if share > budget.most.get(name, share) else "held",
-        ]
-        for name, share in found.items()
-    ]
-    return table(["share", "measured", "budget", ""], rows) if rows else ""
+    rows = []
+    for name, share in found.items():
+        most = budget.most.get(name)
+        verdict = "" if most is None else "over" if share > most else "held"
+        of = budget.base.get(name, "")
+        rows.append([name, f"{share:.3f}", "none" if most is None else str(most), of, verdict])
+    return table(["share", "measured", "at most", "of", "budget"], rows) if rows else ""
 
 
 def _phases(build: Mapping[str, Any]) -> str:

@@ -260,8 +260,8 @@ def test_report(tmp_path: Path) -> None:
     assert document["shares"] == {"cold": 0.5, "cold, CPU": 1, "qcow2": 0.1, "rest": 1}
     made = report.tables(document, budget.load())
     shown = {line.split()[0]: line.split()[1:] for line in made["Shares"].splitlines()}
-    assert shown["cold"] == ["0.500", "0.3", "over"]
-    assert shown["qcow2"] == ["0.100", "0.35", "held"]
+    assert shown["cold"] == ["0.500", "0.3", "established", "over"]
+    assert shown["qcow2"] == ["0.100", "0.35", "established", "held"]
     order = [line.split()[1] for line in made["Scaling"].splitlines() if line.startswith("size")]
     assert order == ["2", "10"]
     page = report.as_page(document, made, ["<svg></svg>"])
