@@ -26,6 +26,10 @@ BUSY = 0.8
 TRICKLE = 2_000_000
 
 
+#: Before a command: it ends, and undoes what it has begun, if this process ends for any reason.
+ENDS_WITH_US = ("setpriv", "--pdeathsig", "TERM", "--")
+
+
 @dataclass(frozen=True)
 class Sample:
     """What the whole machine had done at a moment.
@@ -141,8 +145,7 @@ def command(
     :raises Failed: its status is not 0.
     """
     process = subprocess.Popen(
-        # It ends, and undoes what it has begun, if this process ends for any reason.
-        ["setpriv", "--pdeathsig", "TERM", "--", *map(str, argv)],
+        [*ENDS_WITH_US, *map(str, argv)],
         cwd=cwd,
         env=env,
         stdin=subprocess.DEVNULL,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import established, floor, ours, sizes
-from bench.measure import Failed, phases, write_whole
+from bench.measure import ENDS_WITH_US, Failed, phases, write_whole
 
 #: GiB of the disks that are compared.
 SIZE = 5
@@ -174,7 +174,7 @@ def boot(image: Path, log: Path) -> Result:
     # Not the copy of the checkout's, which has not what the proof needs.
     command = str(Path(sysconfig.get_path("scripts"), "amphora-image"))
     options = ["boot", "--json", "--accel", "tcg", "--log", str(log), str(image)]
-    done = subprocess.run([command, *options], capture_output=True, text=True)
+    done = subprocess.run([*ENDS_WITH_US, command, *options], capture_output=True, text=True)
     try:
         report: Result = json.loads(done.stdout)
     except ValueError:
