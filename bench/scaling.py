@@ -15,7 +15,7 @@ SIZES = (2, 5, 10, 20)
 #: Images that one command builds.
 COUNTS = (1, 2, 4, 8)
 #: Packages beside ours, of those that the established composition asks for.
-EXTRAS = (0, 10, 20, 30)
+EXTRAS = (0, 7, 14, 28)
 
 #: The element that asks for them.
 ELEMENT = "bench-packages"
