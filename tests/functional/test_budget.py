@@ -14,40 +14,31 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import COMMAND, OPTIONS
 
 from amphora_image.image import read_image
 from amphora_image.plan import ELEMENTS
 from bench import budget
 from bench.report import rest
 
-COMMAND = Path(__file__).parents[2] / "diskimage-create.sh"
 LIMITS = budget.load()
 
 
 @pytest.fixture(scope="module")
-def cache(debian_image: Path) -> Path:
-    """The cache that the image's build has filled."""
-    found = debian_image.parent / "cache"
-    if not found.exists():
-        pytest.skip("an image that AMPHORA_TEST_IMAGE names has no cache beside it")
-    return found
-
-
-@pytest.fixture(scope="module")
-def seconds(debian_image: Path, cache: Path) -> dict[str, float]:
-    """Phase -> seconds of the image's build, which began with an empty cache."""
-    assert cache.is_dir()
-    found: dict[str, float] = json.loads(Path(f"{debian_image}.json").read_text())["seconds"]
+def seconds(debian_image: Path, debian_cache: Path) -> dict[str, float]:
+    """Phase -> seconds of the image's build, which began with an empty cache and has filled it."""
+    manifest = json.loads(Path(f"{debian_image}.json").read_text())
+    if manifest["request"]["cache_dir"] != str(debian_cache):
+        pytest.skip("AMPHORA_TEST_IMAGE names an image that was not built with the tests' cache")
+    found: dict[str, float] = manifest["seconds"]
     return found
 
 
 def rebuild(cache: Path, directory: Path, **environment: str) -> float:
     """Build the image once more, elsewhere; return the seconds."""
     start = time.monotonic()
-    options = ["-i", "debian", "-t", "qcow2,tar", "-c", cache]
-    subprocess.run(
-        [COMMAND, *options], cwd=directory, env={**os.environ, **environment}, check=True
-    )
+    command = [COMMAND, *OPTIONS, "-c", cache]
+    subprocess.run(command, cwd=directory, env={**os.environ, **environment}, check=True)
     return time.monotonic() - start
 
 
@@ -68,17 +59,19 @@ def test_packages_take_most_of_a_cold_build(seconds: dict[str, float]) -> None:
     assert LIMITS.excesses({"rest": rest(phases)}) == []
 
 
-def test_nothing_changed(cache: Path, seconds: dict[str, float], tmp_path: Path) -> None:
+def test_nothing_changed(seconds: dict[str, float], debian_cache: Path, tmp_path: Path) -> None:
     """A build of the same image again takes next to no time."""
-    share = rebuild(cache, tmp_path) / sum(seconds.values())
+    share = rebuild(debian_cache, tmp_path) / sum(seconds.values())
     assert LIMITS.excesses({"warm": share}) == []
 
 
-def test_last_element_changed(cache: Path, seconds: dict[str, float], tmp_path: Path) -> None:
+def test_last_element_changed(
+    seconds: dict[str, float], debian_cache: Path, tmp_path: Path
+) -> None:
     """A change of the last element does not install the packages again."""
     element = tmp_path / "elements/amphora-trim"
     shutil.copytree(ELEMENTS / "amphora-trim", element)
     script = max(element.glob("*.d/*"))
     script.write_text(script.read_text() + "# Changed.\n")
-    share = rebuild(cache, tmp_path, DIB_LOCAL_ELEMENTS_PATH=str(element.parent))
-    assert LIMITS.excesses({"element": share / sum(seconds.values())}) == []
+    took = rebuild(debian_cache, tmp_path, DIB_LOCAL_ELEMENTS_PATH=str(element.parent))
+    assert LIMITS.excesses({"element": took / sum(seconds.values())}) == []
