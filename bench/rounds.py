@@ -18,6 +18,8 @@ from bench.measure import ENDS_WITH_US, Failed, phases, write_whole
 
 #: GiB of the disks that are compared.
 SIZE = 5
+#: Seconds for a boot proof: what comes after the first balanced request is not compared.
+BOOT_TIME = 600
 ELEMENTS = "src/amphora_image/elements"
 
 Result = dict[str, Any]
@@ -173,8 +175,10 @@ def boot(image: Path, log: Path) -> Result:
     log.parent.mkdir(parents=True, exist_ok=True)
     # Not the copy of the checkout's, which has not what the proof needs.
     command = str(Path(sysconfig.get_path("scripts"), "amphora-image"))
-    options = ["boot", "--json", "--accel", "tcg", "--log", str(log), str(image)]
-    done = subprocess.run([*ENDS_WITH_US, command, *options], capture_output=True, text=True)
+    options = ["boot", "--json", "--accel", "tcg", "--timeout", str(BOOT_TIME)]
+    done = subprocess.run(
+        [*ENDS_WITH_US, command, *options, "--log", log, image], capture_output=True, text=True
+    )
     try:
         report: Result = json.loads(done.stdout)
     except ValueError:
