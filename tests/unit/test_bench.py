@@ -261,7 +261,7 @@ def test_report(tmp_path: Path) -> None:
     made = report.tables(document, budget.load())
     shown = {line.split()[0]: line.split()[1:] for line in made["Shares"].splitlines()}
     assert shown["cold"] == ["0.500", "0.3", "established", "over"]
-    assert shown["qcow2"] == ["0.100", "0.35", "established", "held"]
+    assert shown["qcow2"] == ["0.100", "0.366", "established", "held"]
     order = [line.split()[1] for line in made["Scaling"].splitlines() if line.startswith("size")]
     assert order == ["2", "10"]
     page = report.as_page(document, made, ["<svg></svg>"])
