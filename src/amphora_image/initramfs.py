@@ -210,7 +210,7 @@ def main() -> None:
         with tempfile.NamedTemporaryFile() as archive:
             archive.write(cpio(entries_of(root, version)))
             archive.flush()
-            packed = _zstd(Path(archive.name), "-19")
+            packed = _zstd(Path(archive.name), "-9")
         (root / f"boot/initrd.img-{version}").write_bytes(packed)
     except AmphoraImageError as error:
         sys.exit(f"initramfs: {error}")
