@@ -38,6 +38,18 @@ PLATFORMS = {"amd64": "x86_64-manylinux_2_28", "arm64": "aarch64-manylinux_2_28"
 #: Pure Python that is built on the host where the agent is taken from Git; all else is a wheel.
 BUILT = ("octavia", "octavia-lib", "simplegeneric")
 
+#: One of Octavia's commands, without what only the controller needs.
+COMMAND = """\
+import sys
+
+from amphora_lazy import starting
+
+with starting():
+    from {module} import main
+
+sys.exit(main())
+"""
+
 REPOSITORY = "https://opendev.org/openstack/octavia"
 LIB_REPOSITORY = "https://opendev.org/openstack/octavia-lib"
 
@@ -406,7 +418,9 @@ def _forget_build_host(site: Path) -> None:
     for name in ("direct_url.json", "uv_build.json", "uv_cache.json"):
         for path in site.glob(f"*.dist-info/{name}"):
             path.unlink()
-    (site / ".lock").unlink(missing_ok=True)
+    # Of setuptools: what it would do at each start is for programs that build packages.
+    for name in (".lock", "distutils-precedence.pth"):
+        (site / name).unlink(missing_ok=True)
 
 
 def _lay_out(root: Path, home: Path, version: str) -> None:
@@ -417,11 +431,11 @@ def _lay_out(root: Path, home: Path, version: str) -> None:
     )
     (home / "bin/python3").symlink_to("/usr/bin/python3")
     _write_command(home / "bin/check-imports", python, _checker())
+    shutil.copy(LOCKS / "amphora_lazy.py", home / f"lib/python{version}/site-packages")
     octavia = next((dist for dist in _installed(root) if dist.name == "octavia"), None)
     points = octavia.entry_points.select(group="console_scripts") if octavia else ()
     for point in (point for point in points if point.name in COMMANDS):
-        text = f"import sys\n\nfrom {point.module} import main\n\nsys.exit(main())\n"
-        _write_command(home / "bin" / point.name, python, text)
+        _write_command(home / "bin" / point.name, python, COMMAND.format(module=point.module))
         link = root / "usr/bin" / point.name
         link.unlink(missing_ok=True)
         link.symlink_to(f"{HOME}/bin/{point.name}")

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The last word on the agent: run inside the image, it imports all that an image starts.
 
-It needs the standard library alone. Importing as root also leaves the byte code of exactly these
-modules behind, made by the image's own Python: what the agent loads while it boots.
+It needs the standard library alone, and amphora_lazy where that is installed. Importing as root
+also leaves the byte code of exactly these modules behind, made by the image's own Python: what the
+agent loads while it boots, so nothing of what amphora_lazy puts off.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
+import importlib.util
 import pkgutil
 import sys
 import warnings
@@ -63,8 +66,19 @@ def main() -> int:
     warnings.simplefilter("ignore")
     needer = "the image"
     try:
-        for name, needer in wanted():  # noqa: B007
-            importlib.import_module(name)
+        lazy = (
+            importlib.import_module("amphora_lazy")
+            if importlib.util.find_spec("amphora_lazy")
+            else None
+        )
+        with lazy.starting() if lazy else contextlib.nullcontext():
+            for name, needer in wanted():  # noqa: B007
+                importlib.import_module(name)
+        needer = "the agent's configuration"
+        importlib.import_module("octavia.common.service").prepare_service(["amphora-agent"])
+        if lazy:
+            needer, sys.dont_write_bytecode = "a module that is put off", True
+            lazy.run_all()
     except Exception as error:  # an import may fail in any way
         print(
             f"amphora agent: {needer} cannot start: {type(error).__name__}: {error}",
