@@ -201,6 +201,16 @@ class Machine:
                 _execute(stream, "qmp_capabilities", {})
                 return _execute(stream, command, arguments)
 
+    def memory_in_use(self) -> int | None:
+        """MiB that the amphora cannot give to another program: MemTotal less MemAvailable.
+
+        Its kernel tells them to the balloon (virtio 1.2, 5.5.6.4) each second; None: not yet, or it
+        has no driver for it.
+        """
+        told = self.qmp("qom-get", path="/machine/peripheral/balloon", property="guest-stats")
+        total, available = (told["stats"][f"stat-{what}-memory"] for what in ("total", "available"))
+        return (total - available) >> 20 if told["last-update"] else None
+
     def plug_card(self) -> str:
         """Hot-plug a network card that is on the network of the VIPs; return its MAC address."""
         mac, tap = VIP_MAC.format(self.number), f"vip{self.number}"
@@ -285,6 +295,7 @@ def qemu_argv(image: Path, accelerator: str, number: int = 1) -> list[str]:
         f"id=disk,file={file},format={DISK_FORMATS[image.suffix]},if=none,snapshot=on",
         *("-device", "virtio-blk-pci,drive=disk,bootindex=0"),
         *("-drive", "file=config.iso,format=raw,media=cdrom,readonly=on"),
+        *("-device", "virtio-balloon-pci,id=balloon,guest-stats-polling-interval=1"),
         # What the amphora reaches of this host is what is in our network namespace.
         *("-netdev", f"user,id=management,{forward}"),
         "-device",

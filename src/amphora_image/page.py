@@ -71,6 +71,7 @@ def as_page(report: Report, findings: Sequence[Finding]) -> str:
         "accelerator": report.accelerator,
         "serial log": report.serial_log,
         **report.agent,
+        **({"memory in use": f"{report.memory_in_use} MiB"} if report.memory_in_use else {}),
     }
     failure = f"<h2>Failure</h2><pre>{escape(report.failure)}</pre>" if report.failure else ""
     return _PAGE.substitute(

@@ -57,6 +57,7 @@ class Proof:
     heartbeats: Heartbeats
     timeout: float
     agent: dict[str, object] = field(default_factory=dict)
+    memory_in_use: int | None = None
     listeners: dict[int, Any] = field(default_factory=dict)
 
     @property
@@ -109,6 +110,7 @@ def agent_answers(proof: Proof) -> str:
             NOT_YET,
         )
         proof.agent = proof.agent or info
+        proof.memory_in_use = proof.memory_in_use or machine.memory_in_use()
         shows_certificate(proof, amphora)
     wanted = ("hostname", "api_version", "haproxy_version")
     return ", ".join(f"{key} {proof.agent[key]}" for key in wanted)
@@ -474,6 +476,7 @@ def run_steps(
             report.missing = list(steps)[number + 1 :]
             break
     report.agent = proof.agent
+    report.memory_in_use = proof.memory_in_use
     report.units = slowest_units(first.journal())
     report.milestones[:0] = [
         Milestone(name, seconds)

@@ -45,6 +45,7 @@ class Report:
     :param milestones: those that were reached, in order, and the one that was not.
     :param missing: names of the milestones after the one that was not reached.
     :param agent: the agent's own words: ``hostname``, ``haproxy_version``, ``api_version`` ...
+    :param memory_in_use: MiB, of the first amphora when its agent answered; None: not known.
     :param units: the units whose start took longest, the longest first; none if the amphora's
         systemd is older than 256, which does not send its journal.
     :param failure: why the proof ended early; empty if the image has passed.
@@ -57,6 +58,7 @@ class Report:
     milestones: list[Milestone] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     agent: dict[str, object] = field(default_factory=dict)
+    memory_in_use: int | None = None
     units: list[Span] = field(default_factory=list)
     failure: str = ""
 
@@ -79,6 +81,8 @@ class Report:
             table.add_row(milestone.name, seconds, milestone.detail)
         for name in self.missing:
             table.add_row(name, "not tried", "")
+        if self.memory_in_use is not None:
+            table.add_row("memory in use", "", f"{self.memory_in_use} MiB when the agent answered")
         return table
 
 

@@ -269,3 +269,20 @@ def test_units_for_the_proof_come_by_smbios() -> None:
         boot.CREDENTIALS
     )
     assert not any("," in text for text in units.values())
+
+
+@pytest.mark.parametrize(("last_update", "mebibytes"), [(1795575863, 154), (0, None)])
+def test_memory_is_what_the_balloon_tells(
+    machine: boot.Machine, monkeypatch: pytest.MonkeyPatch, last_update: int, mebibytes: int | None
+) -> None:
+    """Memory in use is what is not available, and unknown before the amphora's kernel has told."""
+    known = {"stat-total-memory": 967 << 20, "stat-available-memory": 813 << 20}
+    unknown = dict.fromkeys(known, 2**64 - 1)
+    told = {"stats": known if last_update else unknown, "last-update": last_update}
+    monkeypatch.setattr(machine, "qmp", lambda command, **arguments: told)
+    assert machine.memory_in_use() == mebibytes
+
+
+def test_machine_has_the_balloon_that_is_asked() -> None:
+    """The device that is asked for the memory is one of the machine's."""
+    assert any("id=balloon" in word for word in boot.qemu_argv(Path("/a.raw"), "tcg"))

@@ -241,6 +241,10 @@ class Machine(boot.Machine):
         """Seconds since power-on."""
         return self.world.clock
 
+    def memory_in_use(self) -> int | None:
+        """MiB."""
+        return 154
+
     def plug_card(self) -> str:
         """Plug the VIP's card."""
         return "fa:16:3e:00:01:01"

@@ -41,6 +41,7 @@ def report() -> Report:
         ],
         missing=["rebooted"],
         agent={"api_version": "1.0"},
+        memory_in_use=154,
         units=[Span("slow.service", 5.0, 9.0)],
         failure="UDP balanced: timed out\n  <a line & more>",
     )
@@ -52,7 +53,7 @@ def test_table_shows_what_was_reached_and_what_not(report: Report) -> None:
     with console.capture() as capture:
         console.print(report)
     shown = capture.get()
-    for text in ("40.2", "50 of 50 requests", "failed", "not tried", "under tcg"):
+    for text in ("40.2", "50 of 50 requests", "failed", "not tried", "under tcg", "154 MiB"):
         assert text in shown
 
 
