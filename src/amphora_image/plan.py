@@ -101,10 +101,15 @@ _LSM = "landlock,lockdown,yama,integrity"
 #: The kernel's command line: words, and the requests that want them.
 COMMAND_LINE_ROWS: tuple[tuple[str, Callable[[Request], bool]], ...] = (
     ("fips=1", lambda request: request.fips),
+    # The kernel tests each algorithm when it is loaded, also those of the certificates' RAM disk.
+    ("cryptomgr.notests", lambda request: not request.fips),
     ("irqaffinity=0", lambda request: request.cpu_pinning),
     # Not bpf, for which systemd compiles and attaches a program at each boot.
     (f"lsm={_LSM},apparmor", lambda r: r.mandatory_access and r.debian_family),
     (f"lsm={_LSM}", lambda r: not r.mandatory_access and r.debian_family),
+    # Of use to programs with large heaps. Here it gives the agent's small processes pages that they
+    # do not fill, and keeps 45 MB of 1 GB free so that there are always such pages.
+    ("transparent_hugepage=never", _always),
 )
 
 #: Debian's architecture names, where ours differ.
