@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import os
+import resource
 import signal
 import struct
 import subprocess
@@ -455,6 +456,37 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return found
 
 
+#: Paths that this process has opened for writing, while somebody wants to know.
+written: list[Path] = []
+watching = False
+
+
+def _watch(event: str, args: tuple[object, ...]) -> None:
+    """Note files that are opened for writing (PEP 578)."""
+    if watching and event == "open":
+        path, _, flags = args
+        if isinstance(path, str) and isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR):
+            written.append(Path(path))
+
+
+sys.addaudithook(_watch)
+
+
+@pytest.fixture
+def watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """What this process opens for writing; what others write without a path lands in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(globals(), "watching", True)
+    written.clear()
+    return written
+
+
+def peak_memory() -> int:
+    """The most memory that this process, or one that it has started, had so far, in bytes."""
+    whom = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return max(resource.getrusage(each).ru_maxrss for each in whom) * 1024
+
+
 @settings(
     max_examples=40,
     deadline=None,
@@ -474,11 +506,12 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 def test_mutated_image(
     small: dict[str, bytes],
     tmp_path: Path,
+    watched: list[Path],
     kind: str,
     changes: list[tuple[float, bytes]],
     near: int,
 ) -> None:
-    """Whatever bytes of an image change, it is read or refused, in bounded time."""
+    """Whatever bytes of an image change, it is read or refused, in bounds and in its place."""
     data = bytearray(small[kind])
     # Superblock and group descriptors are more interesting than the space before them.
     base = fake_image.START["root"] if kind == "raw" and near == 4096 else 0
@@ -491,7 +524,12 @@ def test_mutated_image(
         os.truncate(image, fake_image.SIZE)
     before = sorted(tmp_path.iterdir())
     began = time.monotonic()
+    watched.clear()
     with suppress(BadValue, CheckFailed):
         check.check_image(image)
     assert time.monotonic() - began < disk.MAX_SECONDS
+    assert peak_memory() < disk.MAX_MEMORY
+    assert {path for path in watched if tmp_path / "scratch" not in path.parents} <= {
+        Path(os.devnull)
+    }
     assert sorted(tmp_path.iterdir()) == before
