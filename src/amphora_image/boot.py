@@ -65,6 +65,8 @@ TROUBLE = re.compile(
 )
 #: A traceback's body, on the console itself or after the journal's "program[pid]: ".
 _INDENTED = re.compile(r"^\s|\]:\s\s")
+#: Seconds and process number of a line, in which what is said again differs.
+_WHEN_AND_WHO = re.compile(r"^\[ *[\d.]+\] |\[\d+\](?=:)")
 #: Escape sequences of a terminal: control, operating system command, other (ECMA-48).
 _ESCAPE_SEQUENCE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\a\x1b]*(\a|\x1b\\)|[ -/]*[0-~])")
 #: Units that the amphora's systemd gets for the proof (:manpage:`systemd.system-credentials(7)`):
@@ -369,16 +371,20 @@ def write_config_drive(drive: Mapping[str, str], directory: Path) -> None:
 def what_matters(lines: Sequence[str], count: int = 30) -> list[str]:
     """Pick the lines of a serial log that tell why something failed, and where it ended.
 
+    What is said again and again, as by a service that tries for ever, is shown the first time.
+
     :param count: how many at most: the last ones.
     """
-    chosen, in_traceback = [], False
+    chosen, in_traceback, said = [], False, set()
     for number, line in enumerate(lines):
         before, in_traceback = (
             in_traceback,
             "Traceback (" in line or (in_traceback and _INDENTED.search(line) is not None),
         )
         is_end = number >= len(lines) - count // 3
-        if before or in_traceback or is_end or TROUBLE.search(line):
+        text = _WHEN_AND_WHO.sub("", line)
+        if text not in said and (before or in_traceback or is_end or TROUBLE.search(line)):
+            said.add(text)
             chosen.append(line)
     return chosen[-count:]
 

@@ -78,10 +78,10 @@ def ask_http(
         if tls:
             connection.sock = tls.wrap_socket(connection.sock, server_hostname=SITE)
         connection.request("GET", path, headers={"Host": SITE, "Connection": "close"})
-        response = connection.getresponse()
-        if response.status != http.HTTPStatus.OK:
-            raise OSError(f"GET {path} of {place[0]}: {response.status} {response.reason}")
-        return response.read().decode()
+        with connection.getresponse() as response:
+            if response.status != http.HTTPStatus.OK:
+                raise OSError(f"GET {path} of {place[0]}: {response.status} {response.reason}")
+            return response.read().decode()
 
 
 def ask_udp(place: tuple[str, int], *, timeout: float = PATIENCE) -> str:

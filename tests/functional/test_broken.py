@@ -15,7 +15,7 @@ from amphora_image.image import read_image
 BROKEN = [
     ("agent answers", "amphora-agent.service: Failed", "/usr/bin/amphora-agent"),
     ("VIP plugged", "amphora-interface", "/usr/bin/amphora-interface"),
-    ("HTTP balanced", "haproxy", "/usr/sbin/haproxy"),
+    ("HTTP balanced", "unexpected result code 500", "/usr/sbin/haproxy"),
     ("listeners added", "keepalived", "/usr/sbin/keepalived"),
     ("UDP balanced", "ip_vs", "/usr/lib/modules/{kernel}/kernel/net/netfilter/ipvs/ip_vs.ko.xz"),
     ("metrics served", "prometheus-proxy", "/usr/bin/prometheus-proxy"),

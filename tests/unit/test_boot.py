@@ -86,6 +86,21 @@ def test_what_matters_keeps_trouble_and_the_end() -> None:
     assert boot.what_matters(lines, count=12) == [lines[50], *lines[101:104], *lines[-4:]]
 
 
+def test_what_matters_is_said_once() -> None:
+    """What a service repeats for ever, each time by another process, does not hide the cause."""
+    cause = "[    1.0] lb agent[9]: haproxy: not found"
+    again = [
+        line.format(number)
+        for number in range(10, 90)
+        for line in (
+            "[   {0}.0] lb health[{0}]: Traceback (most recent call last):",
+            "[   {0}.1] lb health[{0}]:   in connect",
+            "[   {0}.2] lb health[{0}]: ConnectionRefusedError: line 17",
+        )
+    ]
+    assert boot.what_matters([cause, *again]) == [cause, *again[:3]]
+
+
 def test_what_matters_is_bounded() -> None:
     """However much went wrong, only the last lines are shown."""
     lines = [f"error {number}" for number in range(1000)]
