@@ -57,6 +57,9 @@ KEYRINGS: Mapping[BaseOS, tuple[str, Path]] = {
     ),
 }
 
+#: By this file of distro-info-data mmdebstrap knows which releases are Ubuntu's.
+UBUNTU_RELEASES = Path("/usr/share/distro-info/ubuntu.csv")
+
 PACKAGED_KEYRINGS = Path(__file__).parent / "keyrings"
 
 MACHINES: Mapping[str, Architecture] = {
@@ -165,6 +168,7 @@ def require(request: Request) -> None:
     by_type = {tool: package for kind, tool, package in TYPE_TOOLS if kind in request.image_types}
     _require_tools({**TOOLS, **(APT_TOOLS if request.debian_family else {}), **by_type})
     _require_keyring(request)
+    _require_release(request)
     _require_architecture(request.architecture, platform.machine())
     _require_namespaces()
     if available_memory() < BUILD_MEMORY:
@@ -202,6 +206,16 @@ def _require_keyring(request: Request) -> None:
         raise HostError(
             f"the keys of {request.base_os}'s archive are missing: {path}",
             hint=f"install the package {package}, or set DIB_APT_KEYRING to a file with the keys",
+        )
+
+
+def _require_release(request: Request) -> None:
+    if request.base_os is not BaseOS.UBUNTU or request.environment.mirror:
+        return
+    if not UBUNTU_RELEASES.exists():
+        raise HostError(
+            f"where Ubuntu's archive is cannot be told without {UBUNTU_RELEASES}",
+            hint="apt-get install distro-info-data, or set BASE_OS_MIRROR",
         )
 
 

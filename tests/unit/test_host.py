@@ -105,11 +105,13 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
         free=host.BUILD_SPACE,
         memory=host.TMPFS_MEMORY,
         keyring=tmp_path / "keyring.gpg",
+        releases=tmp_path / "ubuntu.csv",
         targets="",
         os={"ID": "debian", "VERSION_CODENAME": "trixie"},
         name="x86_64",
     )
     have.keyring.touch()
+    have.releases.touch()
 
     def run(argv: Sequence[str]) -> str:
         if argv[0] in have.failing:
@@ -122,6 +124,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     keyrings = {base_os: (f"{base_os}-keys", have.keyring) for base_os in host.KEYRINGS}
     monkeypatch.setattr(host, "KEYRINGS", keyrings)
     monkeypatch.setattr(host, "PACKAGED_KEYRINGS", tmp_path / "packaged")
+    monkeypatch.setattr(host, "UBUNTU_RELEASES", have.releases)
     monkeypatch.setattr(host, "run", run)
     monkeypatch.setattr(host, "available_memory", lambda: have.memory)
     monkeypatch.setattr(host.os, "geteuid", lambda: have.uid)
@@ -216,6 +219,19 @@ def test_a_packaged_keyring_is_enough(
     machine.keyring.unlink()
     assert host.look().keyrings[BaseOS.UBUNTU] == packaged
     host.require(a_request(base_os=BaseOS.UBUNTU))
+
+
+def test_ubuntu_without_its_releases(
+    machine: SimpleNamespace, a_request: Callable[..., Request]
+) -> None:
+    """Where mmdebstrap does not know Ubuntu's releases, a mirror has to be named."""
+    machine.releases.unlink()
+    with pytest.raises(HostError, match="cannot be told without") as missed:
+        host.require(a_request(base_os=BaseOS.UBUNTU))
+    assert "distro-info-data" in str(missed.value.hint)
+    mirror = Environment(mirror=f"{MIRROR}/ubuntu")
+    host.require(a_request(base_os=BaseOS.UBUNTU, environment=mirror))
+    host.require(a_request(base_os=BaseOS.DEBIAN))
 
 
 def test_ubuntu_keys_are_always_there() -> None:
