@@ -31,9 +31,7 @@ def rename(file: Path, old: str, new: str) -> None:
     # Only where a whole field of the name is: "vermagic", which the modules must match, stays.
     vmlinux = vmlinux.replace(field, new.encode().ljust(NAME_BYTES, b"\0"))
     banner = f"Linux version {old} "
-    vmlinux = vmlinux.replace(
-        banner.encode(), f"Linux version {new}".ljust(len(banner)).encode()
-    )
+    vmlinux = vmlinux.replace(banner.encode(), f"Linux version {new}".ljust(len(banner)).encode())
     _blank_types(vmlinux)
     packed = _zstd(bytes(vmlinux), "-18")
     assert len(packed) <= room, f"{len(packed)} bytes do not fit into {room}"

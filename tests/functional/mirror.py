@@ -56,7 +56,7 @@ class Request(http.server.SimpleHTTPRequestHandler):
         if not self.fault(self):
             super().do_GET()
 
-    def log_message(self, format: str, *values: object) -> None:
+    def log_message(self, *_: object) -> None:
         """Say nothing."""
 
 

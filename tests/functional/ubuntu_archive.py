@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import kernel_name
+
 from amphora_image import host
 
 DATA = Path(__file__).parents[1] / "data/ubuntu"
