@@ -11,8 +11,8 @@ import hashlib
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
-from urllib.error import URLError
 from urllib.request import urlopen
 
 #: Seconds for a mirror to answer.
@@ -43,7 +43,7 @@ def ask(sources: str) -> list[str] | None:
     try:
         with ThreadPoolExecutor(len(urls)) as pool:
             return sorted(pool.map(_digest_at, urls))
-    except (URLError, OSError, ValueError):
+    except (HTTPException, OSError, ValueError):
         return None
 
 

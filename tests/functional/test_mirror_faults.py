@@ -51,6 +51,8 @@ def build_from(
 ERRORS: dict[str, tuple[str, Callable[[Request], None], str, str]] = {
     "bad signature": (RELEASE, mirror.says(mirror.changed), "BADSIG", "not what was signed"),
     "expired": (RELEASE, mirror.says(expired), "is expired", "clock is wrong"),
+    "release is refused": (RELEASE, mirror.refuses(503), "503", "out of order"),
+    "release is cut": (RELEASE, mirror.cuts, "Remote end closed", "broke off"),
     "wrong index": (INDEX, mirror.says(mirror.changed), "Hash Sum mismatch", "being updated"),
     "wrong package": (PACKAGE, mirror.says(mirror.changed), "Hash Sum mismatch", "being updated"),
     "not found": (PACKAGE, mirror.refuses(404), "404", "not complete"),
