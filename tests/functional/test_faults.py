@@ -23,7 +23,7 @@ from tiny import Scene, make_program, qemu_info
 #: Where a build can be stopped: on the host side, in the chroot, on the mounted disk.
 PHASES = ("root", "install", "finalise")
 SECONDS_TO_STOP = 10
-BASE_ELEMENTS = "amphora-base tiny-disk"
+BASE_ELEMENTS = "amphora-base amphora-disk"
 QEMU_IMG = shutil.which("qemu-img")
 
 
