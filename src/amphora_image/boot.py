@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from amphora_image import network
+from amphora_image import firmware, network
 from amphora_image.errors import BadValue, BootFailed, HostError
+from amphora_image.firmware import FIRMWARES
 from amphora_image.run import run
 
 T = TypeVar("T")
@@ -121,6 +122,7 @@ class Machine:
     qmp_socket: Path
     log: Path
     number: int = 1
+    firmware_name: str = "bios"
     started: float = field(default_factory=time.monotonic)
     lines: list[tuple[float, str]] = field(default_factory=list)
 
@@ -219,19 +221,27 @@ class Machine:
         network.add_tap(tap)
         netdev = {"type": "tap", "id": tap, "ifname": tap, "script": "no", "downscript": "no"}
         self.qmp("netdev_add", **netdev)
-        self.qmp("device_add", driver="virtio-net-pci", id="vip", netdev=tap, mac=mac)
+        bus = {"bus": place} if (place := FIRMWARES[self.firmware_name].hotplug_bus) else {}
+        self.qmp("device_add", driver="virtio-net-pci", id="vip", netdev=tap, mac=mac, **bus)
         return mac
 
 
 @contextlib.contextmanager
 def power_on(
-    image: Path, drive: Mapping[str, str], *, accelerator: str, log: Path, number: int = 1
+    image: Path,
+    drive: Mapping[str, str],
+    *,
+    accelerator: str,
+    log: Path,
+    number: int = 1,
+    firmware_name: str = "bios",
 ) -> Iterator[Machine]:
     """Run an image for the time of a ``with`` block; then, or if we die, QEMU is killed.
 
     :param drive: the config drive's files, as of :func:`config_drive`.
     :param number: as of :class:`Machine`.
     :param accelerator: "kvm" or "tcg".
+    :param firmware_name: one of :data:`.firmware.FIRMWARES`.
     :param log: where to write the serial console's lines; overwritten.
     :raises BadValue: the image is not there or of no known format.
     :raises HostError: a program is missing.
@@ -244,7 +254,8 @@ def power_on(
     with contextlib.ExitStack() as undo:
         directory = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="amphora-boot-")))
         write_config_drive(drive, directory)
-        argv = qemu_argv(image.resolve(), accelerator, number)
+        firmware.prepare(FIRMWARES[firmware_name], directory)
+        argv = qemu_argv(image.resolve(), accelerator, number, firmware_name)
         log_file = undo.enter_context(log.open("w", encoding="utf-8"))
         process = undo.enter_context(
             subprocess.Popen(
@@ -256,7 +267,7 @@ def power_on(
                 stderr=subprocess.STDOUT,
             )
         )
-        machine = Machine(process, directory / "qmp.sock", log, number)
+        machine = Machine(process, directory / "qmp.sock", log, number, firmware_name)
         reader = threading.Thread(target=_read_console, args=(machine, log_file))
         reader.start()
         undo.callback(reader.join)
@@ -264,7 +275,9 @@ def power_on(
         yield machine
 
 
-def qemu_argv(image: Path, accelerator: str, number: int = 1) -> list[str]:
+def qemu_argv(
+    image: Path, accelerator: str, number: int = 1, firmware_name: str = "bios"
+) -> list[str]:
     """List QEMU's arguments for a machine like the one Nova makes: one CPU, 1 GB, virtio.
 
     Its serial console is standard output. ``config.iso``, ``journal.log`` and ``qmp.sock`` are in
@@ -286,8 +299,8 @@ def qemu_argv(image: Path, accelerator: str, number: int = 1) -> list[str]:
     return [
         "qemu-system-x86_64",
         *("-nodefaults", "-vga", "std", "-display", "none"),
-        # graphics=off lets the BIOS talk on the serial console, strict=on boot the disk only.
-        *("-machine", "pc,graphics=off", "-boot", "strict=on"),
+        *firmware.qemu_options(FIRMWARES[firmware_name]),
+        *("-boot", "strict=on"),  # the disk only
         *("-accel", accelerator, "-cpu", "max", "-smp", "1", "-m", "1024"),
         *("-serial", "stdio", "-serial", "file:journal.log"),
         *(word for credential in credentials for word in ("-smbios", credential)),

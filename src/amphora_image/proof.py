@@ -407,6 +407,7 @@ def prove(
     *,
     log: Path,
     accel: str = "auto",
+    firmware: str = "bios",
     topology: str = "single",
     timeout: float = 3600.0,
     tell: Callable[[Milestone], None] = lambda milestone: None,
@@ -419,6 +420,7 @@ def prove(
     :param log: where to write the serial console's lines, each after its seconds since power-on;
         the second amphora's go to a file of the same name with ``.2`` at its end.
     :param accel: one of :data:`boot.ACCELERATORS`.
+    :param firmware: one of :data:`.firmware.FIRMWARES`.
     :param topology: one of :data:`TOPOLOGIES`.
     :param timeout: seconds from power-on for the whole proof.
     :param tell: is called with each milestone that is reached.
@@ -448,7 +450,14 @@ def prove(
             its_log = log if number == 1 else log.with_name(f"{log.name}.{number}")
             machines.append(
                 undo.enter_context(
-                    boot.power_on(image, drive, accelerator=accelerator, log=its_log, number=number)
+                    boot.power_on(
+                        image,
+                        drive,
+                        accelerator=accelerator,
+                        log=its_log,
+                        number=number,
+                        firmware_name=firmware,
+                    )
                 )
             )
         run_steps(Proof(controller, machines, pems, servers, heard, timeout), steps, report, tell)

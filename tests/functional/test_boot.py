@@ -267,3 +267,22 @@ def test_config_drive_is_what_cloud_init_looks_for(tmp_path: Path) -> None:
     assert {f"/{path}" for path in drive} <= set(listed)
     assert subprocess.check_output(content, text=True) == "A"
     assert list(tmp_path.glob("config*")) == [iso]
+
+
+@pytest.mark.parametrize(("firmware", "secure"), [("uefi", False), ("secure-boot", True)])
+def test_uefi_starts_the_disk(
+    debian_image: Path, tmp_path: Path, firmware: str, secure: bool
+) -> None:
+    """A UEFI finds the boot loader, and with Secure Boot all that it starts is signed."""
+    log = tmp_path / "serial.log"
+    with (
+        network.isolated(),
+        boot.power_on(
+            debian_image, {}, accelerator="tcg", log=log, firmware_name=firmware
+        ) as machine,
+    ):
+        started = boot.SERIAL_MILESTONES["systemd starts"]
+        machine.wait("systemd", lambda: machine.seen(started), machine.patience)
+    said = log.read_text(errors="replace")
+    assert "efi: EFI v" in said
+    assert ("secureboot: Secure boot enabled" in said) == secure
