@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -29,7 +30,6 @@ from amphora_image import check, disk
 from amphora_image.errors import AmphoraImageError, BadValue, CheckFailed
 
 COMMAND = "import sys; from amphora_image.cli import main; sys.exit(main())"
-ROOT = f"?offset={fake_image.START['root']}"
 
 
 def run(verb: str, *argv: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -42,8 +42,10 @@ def run(verb: str, *argv: object, **environment: str) -> subprocess.CompletedPro
 def debugfs(raw: Path, *commands: str) -> None:
     """Change the root file system of a raw disk."""
     script = "".join(f"{command}\n" for command in commands)
+    with tempfile.TemporaryDirectory() as scratch:
+        root = disk.root_partition(disk.open_disk(raw, Path(scratch)))
     subprocess.run(
-        ["debugfs", "-w", "-f", "-", f"{raw}{ROOT}"],
+        ["debugfs", "-w", "-f", "-", f"{raw}?offset={root.start}"],
         input=script,
         text=True,
         check=True,
