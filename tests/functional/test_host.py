@@ -21,7 +21,9 @@ ONLY_SOME_TOOLS = (
 )
 NO_ADMINISTRATION = 'exec setpriv --inh-caps -sys_admin --bounding-set -sys_admin "$@"'
 NO_LOOP_DEVICES = (
-    "mount -t tmpfs tmpfs tmp; cp -a /dev/null /dev/zero /dev/urandom tmp; mount --move tmp /dev"
+    "mount -t tmpfs tmpfs tmp; cp -a /dev/null /dev/zero /dev/urandom /dev/fd tmp;"
+    "mkdir tmp/pts;"
+    "mount --move tmp /dev"
 )
 LITTLE_MEMORY = (
     "sed 's/^MemAvailable:.*/MemAvailable: 300000 kB/' /proc/meminfo > meminfo;"
@@ -46,7 +48,8 @@ FAULTS = {
     ),
     "no space for the output": (SMALL_DISK, "-o small/lb", "small has 64 MiB free; 1024", "-o"),
     "a full disk": (f"{SMALL_DISK}; fallocate -l 64m small/x", "-o small/lb", "has 0 MiB", "-o"),
-    "no keys": (NO_KEYRINGS, "-i ubuntu", "ubuntu-archive-keyring.gpg", "ubuntu-keyring"),
+    # Ubuntu's are brought along.
+    "no keys": (NO_KEYRINGS, "", "debian-archive-keyring.gpg", "debian-archive-keyring"),
 }
 
 

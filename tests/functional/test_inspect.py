@@ -56,7 +56,7 @@ def test_built_image(built: dict[str, Any], debian_image: Path) -> None:
     assert (built["os"]["id"], built["os"]["release"]) == ("debian", "trixie")
     assert built["architecture"] == "amd64"
     assert built["image"]["bytes"] == 5 * 2**30
-    assert [part["name"] for part in built["partitions"]] == ["bios", "root"]
+    assert [part["name"] for part in built["partitions"]] == ["bios", "esp", "root"]
     [file_system] = built["file_systems"]
     assert (file_system["type"], file_system["errors"]) == ("ext4", "")
     assert 3 * 2**30 < file_system["free"] < file_system["size"]
