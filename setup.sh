@@ -63,6 +63,8 @@ require_venv() (
         export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$PIP_INDEX_URL}
     fi
     uv=("$venv/bin/uv" --quiet pip)
+    # What another recipe has made is not whole any more.
+    rm -f "$venv"/.made-*
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
         --require-hashes --requirement "$checkout/requirements/uv.txt"
     # diskimage-builder starts Python many times; without byte code each start takes a second more.
