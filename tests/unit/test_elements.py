@@ -232,3 +232,26 @@ def test_no_archive_is_named() -> None:
     for element in ELEMENTS:
         for path in element.rglob("*"):
             assert not (path.is_file() and pattern.search(path.read_text())), path
+
+
+@pytest.mark.parametrize(
+    "unit", ["amphora-netns", "haproxy-", "octavia-keepalived", "octavia-keepalivedlvs-"]
+)
+def test_units_of_the_agent_do_not_wait_for_cloud_init(unit: str) -> None:
+    """The units that the agent writes start and stop without sysinit.target, and come first."""
+    texts = [path.read_text() for path in UNITS if path.parent.name == f"{unit}.service.d"]
+    lines = "".join(texts).splitlines()
+    assert "DefaultDependencies=no" in lines
+    assert "StartupCPUWeight=10000" in lines
+    for dependency in ("Conflicts", "Before"):
+        assert f"{dependency}=shutdown.target" in lines
+
+
+def test_rsyslog_reads_the_socket_that_systemd_makes() -> None:
+    """The socket unit and rsyslog's input name the same path: it is how rsyslog finds it."""
+    agent = plan.ELEMENTS / "amphora-agent/static"
+    unit = (agent / "usr/lib/systemd/system/amphora-log.socket").read_text()
+    rsyslog = (agent / "etc/rsyslog.d/05-amphora-socket.conf").read_text()
+    [path] = re.findall(r"^ListenDatagram=(.*)$", unit, re.MULTILINE)
+    assert re.findall(r'Socket="(.*?)"', rsyslog) == [path]
+    assert "Service=rsyslog.service" in unit.splitlines()
