@@ -13,8 +13,8 @@ import struct
 from pathlib import Path
 
 from amphora_image.errors import AmphoraImageError
+from amphora_image.partitions import SECTOR
 
-SECTOR = 512
 #: Bytes of the first sector that are boot code; the disk signature and partition table follow.
 BOOT_CODE_SIZE = 440
 #: Offset in the boot code of the core image's first sector: 64 bits, little endian.

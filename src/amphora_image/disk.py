@@ -64,7 +64,6 @@ KNOWN_FEATURES = 1 << 3 | 1 << 4
 
 #: Offset and value of ext4's magic number in a file system, and its types of partition.
 EXT4_MAGIC = (1024 + 0x38, b"\x53\xef")
-BIOS_BOOT = "21686148-6449-6E6F-744E-656564454649"
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from amphora_image import disk, tree
-from amphora_image.disk import BIOS_BOOT, MIB, Partition
+from amphora_image.disk import MIB, Partition
 from amphora_image.ext4 import Ext4, FileSystem
+from amphora_image.partitions import BIOS_BOOT
 from amphora_image.request import ImageType
 from amphora_image.tree import Tree
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from amphora_image.disk_writer import Source, write_disk
 from amphora_image.errors import AmphoraImageError
@@ -125,15 +124,11 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("job", type=json.loads, help="the source and the files, as JSON")
     given, named = parser.parse_args(words).job
     kinds = {"work": Path, "architecture": Architecture, "vhd_subformat": VhdSubformat}
-    source = Source(**{name: kinds.get(name, _same)(value) for name, value in given.items()})
+    source = Source(**{**given, **{name: kind(given[name]) for name, kind in kinds.items()}})
     try:
         write_files(source, {ImageType(kind): Path(file) for kind, file in named.items()})
     except AmphoraImageError as error:
         sys.exit(f"image files: {error}")
-
-
-def _same(value: Any) -> Any:
-    return value
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from amphora_image import facts
 from amphora_image.agent_locks.check_imports import COMMANDS
-from amphora_image.boot_loader import SECTOR, embed
-from amphora_image.disk import BIOS_BOOT
+from amphora_image.boot_loader import embed
 from amphora_image.errors import AmphoraImageError
 from amphora_image.image import Image
+from amphora_image.partitions import BIOS_BOOT, SECTOR
 
 
 def words(text: str) -> frozenset[str]:

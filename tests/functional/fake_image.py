@@ -15,11 +15,12 @@ from typing import Any
 
 from amphora_image import plan, rules, safety
 from amphora_image.agent_locks.check_imports import COMMANDS
-from amphora_image.boot_loader import SECTOR, embed
-from amphora_image.disk import BIOS_BOOT, MIB, Partition
+from amphora_image.boot_loader import embed
+from amphora_image.disk import MIB, Partition
 from amphora_image.ext4 import FileSystem
 from amphora_image.image import Image, Mark
 from amphora_image.manifest import SCHEMA
+from amphora_image.partitions import BIOS_BOOT, SECTOR
 from amphora_image.request import ImageType
 from amphora_image.rules import Asked
 from amphora_image.tree import WANTED, Entry, Tree

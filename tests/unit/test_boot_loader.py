@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from amphora_image import boot_loader
-from amphora_image.boot_loader import BOOT_CODE_SIZE, SECTOR, embed
+from amphora_image.boot_loader import BOOT_CODE_SIZE, embed
 from amphora_image.errors import AmphoraImageError
+from amphora_image.partitions import SECTOR
 
 BOOT = st.binary(min_size=SECTOR - 2, max_size=SECTOR - 2).map(lambda code: code + b"\x55\xaa")
 CORE = st.binary(min_size=SECTOR + 1, max_size=4 * SECTOR)
