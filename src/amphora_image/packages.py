@@ -4,11 +4,12 @@
 DIB installs packages phase by phase, an apt run each. It also has the tools to know them all at
 once: ``package-installs-squash`` reads every element's ``package-installs``, and ``pkg-map`` turns
 names into the distribution's. This room asks them on the host, so that the base element can hand
-the whole set to mmdebstrap; DIB's later runs then find everything installed.
+the whole set to mmdebstrap. To DIB's own phases it leaves the build tools, which they take away.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -19,21 +20,38 @@ from pathlib import Path
 from amphora_image.errors import AmphoraImageError
 from amphora_image.run import run
 
+#: Phase -> ``install`` or ``uninstall`` -> [package, element] pairs, as
+#: ``package-installs-squash`` writes them.
+Squashed = Mapping[str, Mapping[str, list[list[str]]]]
 
-def wanted(squashed: Mapping[str, Mapping[str, list[list[str]]]]) -> dict[str, list[str]]:
+
+def wanted(squashed: Squashed) -> dict[str, list[str]]:
     """Return the packages to install by the element that asks for them.
 
-    :param squashed: phase -> ``install`` or ``uninstall`` -> [package, element] pairs, as
-        ``package-installs-squash`` writes them. A package that its element takes away again in
-        the same phase is a build tool and is left to that phase.
+    A package that its element takes away again in the same phase is a build tool and is left to
+    that phase.
     """
     by_element: dict[str, list[str]] = {}
     for actions in squashed.values():
-        build_only = {tuple(pair) for pair in actions.get("uninstall", [])}
+        taken_away = actions.get("uninstall", [])
         for package, element in actions.get("install", []):
-            if (package, element) not in build_only:
+            if [package, element] not in taken_away:
                 by_element.setdefault(element, []).append(package)
     return by_element
+
+
+def left(squashed: Squashed) -> dict[str, dict[str, list[list[str]]]]:
+    """Return what is left to DIB's phases when all that is wanted is there: build tools.
+
+    With nothing to install a phase does not start apt.
+    """
+    found: dict[str, dict[str, list[list[str]]]] = {}
+    for phase, actions in squashed.items():
+        taken_away = actions.get("uninstall", [])
+        tools = [pair for pair in actions.get("install", []) if pair in taken_away]
+        kept = {"install": tools, "uninstall": taken_away}
+        found[phase] = {action: pairs for action, pairs in kept.items() if pairs}
+    return found
 
 
 def collect(elements: Mapping[str, Path], element_path: str, tools: Path) -> list[str]:
@@ -62,7 +80,16 @@ def collect(elements: Mapping[str, Path], element_path: str, tools: Path) -> lis
 
 
 def main() -> None:
-    """Print the packages, one a line, for the element ``amphora-base``; DIB sets the variables."""
+    """Print the packages, one a line, for the element ``amphora-base``; DIB sets the variables.
+
+    With ``--installed FILE``: they are installed, so leave to DIB what :func:`left` says.
+    """
+    parser = argparse.ArgumentParser(prog="python -m amphora_image.packages")
+    parser.add_argument("--installed", type=Path, help="DIB's package-installs.json")
+    if installed := parser.parse_args().installed:
+        installed.write_text(json.dumps(left(json.loads(installed.read_text()))))
+        return
+
     import yaml
     from diskimage_builder.paths import get_path
 

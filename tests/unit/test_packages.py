@@ -58,6 +58,24 @@ def test_wanted_is_what_stays(squashed: dict[str, dict[str, list[list[str]]]]) -
     }
 
 
+@given(SQUASHED)
+def test_what_is_left_is_not_wanted(squashed: dict[str, dict[str, list[list[str]]]]) -> None:
+    """Each package that is asked for is either wanted or left, and what goes away still goes."""
+    left = packages.left(squashed)
+    assert packages.wanted(left) == {}
+    for phase, actions in squashed.items():
+        wanted = packages.wanted({phase: actions})
+        count = sum(map(len, wanted.values())) + len(left[phase].get("install", []))
+        assert count == len(actions.get("install", []))
+        assert left[phase].get("uninstall", []) == actions.get("uninstall", [])
+
+
+def test_phase_with_nothing_to_install() -> None:
+    """Such a phase has no list at all, for DIB starts apt with an empty one."""
+    squashed = {"install.d": {"install": [["haproxy", "lb"]]}}
+    assert packages.left(squashed) == {"install.d": {}}
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[[object], list[list[str]]]:
     """A function that lets package-installs-squash tell a document; it returns the argvs."""
@@ -110,6 +128,7 @@ def test_main(
     asked({"install.d": {"install": [["b", "base"], ["a", "base"]]}})
     monkeypatch.setenv("IMAGE_ELEMENT_YAML", "{base: /elements/base}")
     monkeypatch.setenv("ELEMENTS_PATH", "/elements")
+    monkeypatch.setattr("sys.argv", ["packages"])
     packages.main()
     assert capsys.readouterr().out == "a\nb\n"
 
@@ -121,7 +140,18 @@ def test_main_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AmphoraImageError("squash ended with 1")
 
     monkeypatch.setattr(packages, "run", run)
+    monkeypatch.setattr("sys.argv", ["packages"])
     monkeypatch.setenv("IMAGE_ELEMENT_YAML", "{base: /elements/base}")
     monkeypatch.setenv("ELEMENTS_PATH", "/elements")
     with pytest.raises(SystemExit, match="packages: squash ended with 1"):
         packages.main()
+
+
+def test_main_when_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The element's command leaves the build tools in DIB's list."""
+    file = tmp_path / "package-installs.json"
+    phase = {"install": [["gcc", "agent"], ["bash", "agent"]], "uninstall": [["gcc", "agent"]]}
+    file.write_text(json.dumps({"install.d": phase}))
+    monkeypatch.setattr("sys.argv", ["packages", "--installed", str(file)])
+    packages.main()
+    assert json.loads(file.read_text())["install.d"]["install"] == [["gcc", "agent"]]
