@@ -20,6 +20,7 @@ from urllib.request import urlopen
 
 from uv import find_uv_bin
 
+from amphora_image import netns_unit
 from amphora_image.agent_locks.check_imports import COMMANDS
 from amphora_image.errors import AmphoraImageError, BadValue
 from amphora_image.run import run
@@ -46,9 +47,13 @@ from amphora_lazy import starting
 
 with starting():
     from {module} import main
-
+{then}
 sys.exit(main())
 """
+#: Command -> what it does as soon as it is imported.
+THEN = {"amphora-agent": "\nimport amphora_fork\n\namphora_fork.serve()\n"}
+#: Command -> who is asked to do its work.
+ASKED = {"amphora-interface": "ask-agent"}
 
 REPOSITORY = "https://opendev.org/openstack/octavia"
 LIB_REPOSITORY = "https://opendev.org/openstack/octavia-lib"
@@ -431,14 +436,17 @@ def _lay_out(root: Path, home: Path, version: str) -> None:
     )
     (home / "bin/python3").symlink_to("/usr/bin/python3")
     _write_command(home / "bin/check-imports", python, _checker())
-    shutil.copy(LOCKS / "amphora_lazy.py", home / f"lib/python{version}/site-packages")
+    for module in ("amphora_fork.py", "amphora_lazy.py"):
+        shutil.copy(LOCKS / module, home / f"lib/python{version}/site-packages")
+    _write_command(home / "bin/ask-agent", f"{python} -IS", (LOCKS / "amphora_fork.py").read_text())
     octavia = next((dist for dist in _installed(root) if dist.name == "octavia"), None)
     points = octavia.entry_points.select(group="console_scripts") if octavia else ()
     for point in (point for point in points if point.name in COMMANDS):
-        _write_command(home / "bin" / point.name, python, COMMAND.format(module=point.module))
+        text = COMMAND.format(module=point.module, then=THEN.get(point.name, ""))
+        _write_command(home / "bin" / point.name, python, text)
         link = root / "usr/bin" / point.name
         link.unlink(missing_ok=True)
-        link.symlink_to(f"{HOME}/bin/{point.name}")
+        link.symlink_to(f"{HOME}/bin/{ASKED.get(point.name, point.name)}")
 
 
 def _checker() -> str:
@@ -468,6 +476,7 @@ def main(argv: list[str]) -> int:
     try:
         source = source_from(environ)
         install(root, source, architecture=environ.get("ARCH", "amd64"), environ=environ)
+        netns_unit.shorten(root)
     except AmphoraImageError as error:
         print(
             f"error: {error}",

@@ -159,7 +159,7 @@ def read_services(tree: Tree) -> dict[str, list[str]]:
 
 
 def read_unit(tree: Tree, name: str) -> dict[str, list[str]]:
-    """Return a unit's settings with its drop-ins, key -> values in order; empty if there is none.
+    """Return a unit's settings with its drop-ins, key -> values in order; empty without a unit.
 
     Example: ``{"After": ["rsyslog.service amphora-certificates.service"], "Type": ["oneshot"]}``
     """
@@ -167,7 +167,8 @@ def read_unit(tree: Tree, name: str) -> dict[str, list[str]]:
     files = [path for path in paths if tree.text(path)][:1]
     drop_ins = [path for each in paths for path, _ in tree.under(f"{each}.d")]
     settings: dict[str, list[str]] = {}
-    for path in files + sorted(path for path in drop_ins if path.endswith(".conf")):
+    used = sorted(path for path in drop_ins if path.endswith(".conf")) if files else []
+    for path in files + used:
         for key, value in re.findall(r"^(\w+)=(.*)$", tree.text(path), re.MULTILINE):
             settings.setdefault(key, []).append(value.strip())
     return settings

@@ -53,12 +53,13 @@ mkdir -p /proc /sys /dev /root
 mount -t devtmpfs devtmpfs /dev
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
-init=/sbin/init mode=ro
+init=/sbin/init mode=ro flags=
 for word in $(cat /proc/cmdline); do
     case "$word" in
         root=*) root=${{word#root=}} ;;
         init=*) init=${{word#init=}} ;;
         rw) mode=rw ;;
+        rootflags=*) flags=,${{word#rootflags=}} ;;
     esac
 done
 modprobe -q ext4
@@ -73,7 +74,7 @@ until device=$(findfs "$root" 2> /dev/null) || [ -b "${{device:=$root}}" ]; do
     fi
     sleep 0.1
 done
-mount -t ext4 -o "$mode" "$device" /root || exec sh
+mount -t ext4 -o "$mode$flags" "$device" /root || exec sh
 mount --move /dev /root/dev
 mount --move /sys /root/sys
 mount --move /proc /root/proc

@@ -233,10 +233,9 @@ def check_order(image: Image, _: Asked) -> Iterator[str]:
         yield f"{local} does not require {ram_disk}: it would write keys to the disk"
     if setting(ram_disk, "DefaultDependencies") != {"no"}:
         yield f"{ram_disk} waits for sysinit.target: it would be too late"
-    if ram_disk not in setting(agent, "After"):
-        yield f"{agent} is not ordered after {ram_disk}"
-    if agent not in setting(local, "ExecStartPost"):
-        yield f"{local} does not start {agent} when it has written its files"
+    for earlier in (ram_disk, local):
+        if earlier not in setting(agent, "After"):
+            yield f"{agent} is not ordered after {earlier}"
 
 
 def check_certificates(image: Image, _: Asked) -> Iterator[str]:

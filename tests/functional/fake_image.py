@@ -356,10 +356,14 @@ BREAKS: list[tuple[str, str, Break]] = [
     ),
     (
         "order",
-        "not ordered after",
+        "not ordered after amphora-certificates",
         _edit(f"{UNITS}/amphora-agent.service", "amphora-certificates.service", "other.service"),
     ),
-    ("order", "does not start", _drop(f"{UNITS}/cloud-init-local.service.d/amphora-agent.conf")),
+    (
+        "order",
+        "not ordered after cloud-init-local",
+        _edit(f"{UNITS}/amphora-agent.service", "After=cloud-init-local.service\n", ""),
+    ),
     ("certificates", "no program", _drop(RAM_DISK)),
     ("certificates", "does not cover /var/lib/cloud", _edit(RAM_DISK, "/var/lib/cloud", "")),
     ("certificates", "no encrypted", _edit(RAM_DISK, "cryptsetup open", "true")),

@@ -44,14 +44,15 @@ def test_commands(image: Path) -> None:
     """The commands that an image starts, and no others, run by the environment's Python."""
     home = image / "opt/amphora-agent"
     names = {path.name for path in (home / "bin").iterdir()}
-    assert names == {*COMMANDS, "python3", "check-imports"}
+    assert names == {*COMMANDS, "python3", "check-imports", "ask-agent"}
     for name in names - {"python3"}:
         text = (home / "bin" / name).read_text()
-        assert text.startswith("#!/opt/amphora-agent/bin/python3\n")
+        assert text.splitlines()[0].split()[0] == "#!/opt/amphora-agent/bin/python3"
         compile(text, name, "exec")
         assert os.access(home / "bin" / name, os.X_OK)
     for name in COMMANDS:
-        assert (image / "usr/bin" / name).readlink() == Path("/opt/amphora-agent/bin", name)
+        target = "ask-agent" if name == "amphora-interface" else name
+        assert (image / "usr/bin" / name).readlink() == Path("/opt/amphora-agent/bin", target)
 
 
 def test_virtual_environment(image: Path) -> None:

@@ -16,7 +16,7 @@ from amphora_image.agent_locks import amphora_lazy
 TRACE = "import sys\nsys.ran.append(__name__)\n"
 #: File -> text: a package that leaves a trace when it is run, and what Octavia's data models need.
 FILES = {
-    "bus/__init__.py": f"{TRACE}from bus.parts import wheel\nspare = 1\n",
+    "bus/__init__.py": f"{TRACE}from bus.parts import wheel\nspare = 1\nturn = lambda n: n + 1\n",
     "bus/parts.py": "wheel = 'round'\n",
     "broken/__init__.py": "import no_such_module\n",
     "sqlalchemy/__init__.py": TRACE,
@@ -27,7 +27,12 @@ FILES = {
     "octavia/common/data_models.py": "from sqlalchemy.orm import collections\n",
 }
 NAMES = {
-    "bus": {"wheel": "bus.parts:wheel", "set_route": "", "moved": "bus.gone:moved"},
+    "bus": {
+        "wheel": "bus.parts:wheel",
+        "set_route": "",
+        "moved": "bus.gone:moved",
+        "turn": amphora_lazy.WHEN_CALLED,
+    },
     "broken": {},
 }
 
@@ -71,6 +76,14 @@ def test_known_names_do_not_run_a_package(ran: list[str]) -> None:
     assert bus.set_route("a", to="b") is None  # type: ignore[attr-defined]
     assert bus.parts is importlib.import_module("bus.parts")  # type: ignore[attr-defined]
     assert ran == []
+
+
+def test_function_runs_its_package_when_it_is_called(ran: list[str]) -> None:
+    """A function that was imported from a package does what it does there, and the package runs."""
+    turn = imported("bus").turn  # type: ignore[attr-defined]
+    assert ran == []
+    assert [turn(1), turn(2)] == [2, 3]
+    assert ran == ["bus"]
 
 
 @pytest.mark.parametrize("name", ["spare", "__doc__x", "moved"])

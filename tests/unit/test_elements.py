@@ -100,8 +100,11 @@ def test_only_the_secret_hook_is_never_traced() -> None:
 
 @pytest.mark.parametrize("hook", HOOKS, ids=name)
 def test_hooks_have_names_that_are_run(hook: Path) -> None:
-    """dib-run-parts passes over other names; the element's name keeps them apart from DIB's."""
-    assert re.fullmatch(r"[0-9]{2}-amphora[0-9A-Za-z_-]*", hook.name)
+    """dib-run-parts passes over other names; the element's name keeps them apart from DIB's.
+
+    By "then" a script comes after one of DIB's that has the highest number.
+    """
+    assert re.fullmatch(r"([0-9]{2}|99-then)-amphora[0-9A-Za-z_-]*", hook.name)
 
 
 def test_no_file_is_carried_by_two_elements() -> None:
@@ -201,9 +204,11 @@ def test_agent_waits_for_its_files() -> None:
 
 def test_agent_is_tried_after_each_stage_of_cloud_init() -> None:
     """Files come at cloud-init's local stage or at its network stage, which has had two names."""
-    for stage in ("cloud-init-local", "cloud-init-network", "cloud-init"):
-        drop_in = f"static/usr/lib/systemd/system/{stage}.service.d/amphora-agent.conf"
-        text = (plan.ELEMENTS / "amphora-agent" / drop_in).read_text()
+    units = plan.ELEMENTS / "amphora-agent/static/usr/lib/systemd/system"
+    agent = (units / "amphora-agent.service").read_text()
+    assert re.search(r"^After=.*\bcloud-init-local\.service\b", agent, re.MULTILINE)
+    for stage in ("cloud-init-network", "cloud-init"):
+        text = (units / f"{stage}.service.d/amphora-agent.conf").read_text()
         assert "ExecStartPost=-/bin/systemctl --no-block start amphora-agent.service\n" in text
 
 

@@ -15,21 +15,34 @@ import gc
 import importlib
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from importlib.abc import Loader, MetaPathFinder
+from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from importlib.abc import Loader  # it imports a tenth of what a small command does
+else:
+    Loader = object
+
+#: A function for which its module is run when it is called.
+WHEN_CALLED = None
 
 #: Module that is put off -> name asked of it, if it is not that of a module in it ->
-#: "module:attribute" where it is defined, or "" for a function that need not do anything: an
-#: amphora has no message bus. Nor has it Keystone: of the many options that those functions
-#: declare, the named ones are those that Octavia looks at in its own configuration.
-NAMES: dict[str, dict[str, str | tuple[str, ...]]] = {
+#: "module:attribute" where it is defined, or WHEN_CALLED, or "" for a function that need not do
+#: anything: an amphora has no message bus, no API for browsers, and no defaults for listeners that
+#: could conflict. Nor has it Keystone: of the many options that those functions declare, the named
+#: ones are those that Octavia looks at in its own configuration.
+NAMES: dict[str, dict[str, str | tuple[str, ...] | None]] = {
+    "jsonschema": {"validate": WHEN_CALLED},
     "keystoneauth1.loading": {
         "register_adapter_conf_options": ("endpoint_override", "valid_interfaces"),
         "register_auth_conf_options": ("auth_type",),
         "register_session_conf_options": ("cafile",),
+    },
+    "octavia.common.validate": {
+        "check_default_ciphers_prohibit_list_conflict": "",
+        "check_default_tls_versions_min_conflict": "",
     },
     "oslo_messaging": {
         "Notifier": "",
@@ -40,11 +53,15 @@ NAMES: dict[str, dict[str, str | tuple[str, ...]]] = {
     },
     "oslo_messaging.rpc": {},
     "oslo_messaging.rpc.dispatcher": {"DefaultRPCAccessPolicy": ""},
+    "oslo_middleware": {},
+    "oslo_middleware.cors": {"set_defaults": ""},
     "pyroute2": {
         "IPRoute": "pyroute2.iproute:IPRoute",
         "NetNS": "pyroute2.iproute:NetNS",
         "NetlinkError": "pyroute2.netlink.exceptions:NetlinkError",
     },
+    "rfc3986": {},
+    "xmlrpc.client": {},
 }
 
 #: What the import system itself asks of a module, and takes no for an answer.
@@ -60,8 +77,11 @@ class Lazy(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name in _IMPORT_SYSTEM:
             raise AttributeError(name)
+        place = NAMES[self.__name__].get(name, f"{self.__name__}.{name}:")
+        if place is WHEN_CALLED:
+            return _when_called(self, name)
         try:
-            value = _find(NAMES[self.__name__].get(name, f"{self.__name__}.{name}:"))
+            value = _find(place)
         except (ImportError, AttributeError):
             run(self)
             return getattr(self, name)
@@ -78,6 +98,14 @@ def _find(place: str | tuple[str, ...]) -> Any:
     module, _, attribute = place.partition(":")
     found = importlib.import_module(module)
     return getattr(found, attribute) if attribute else found
+
+
+def _when_called(module: ModuleType, name: str) -> Callable[..., Any]:
+    def call(*args: object, **kwargs: object) -> Any:
+        run(module)
+        return getattr(module, name)(*args, **kwargs)
+
+    return call
 
 
 def _declare(names: tuple[str, ...], conf: Any, group: str, **_: object) -> None:
@@ -110,7 +138,7 @@ class _Later(Loader):
         """Not now."""
 
 
-class _Finder(MetaPathFinder):
+class _Finder:
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
