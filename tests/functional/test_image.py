@@ -181,6 +181,55 @@ def test_agent_commands_start(root: Path) -> None:
         assert (root / "usr/bin" / command).is_symlink()
 
 
+#: What stands for Octavia's command and the library that it imports last: file -> text.
+STAND_INS = {
+    "octavia/__init__.py": "",
+    "octavia/cmd/__init__.py": "",
+    "octavia/cmd/interface.py": """\
+import os, sys
+def main():
+    print(os.environ["WORD"], os.readlink("/proc/self/ns/net"), *sys.argv[1:])
+    print(sys.stdin.read(), file=sys.stderr)
+    return 7
+""",
+    "pyroute2.py": "IPRoute = None\n",
+    "agent.py": "import amphora_fork, time\namphora_fork.serve()\ntime.sleep(600)\n",
+}
+#: In the image: a process beside an agent, and a command in a network of its own.
+ASK = """\
+mount -t tmpfs none "$1/run"
+mount -t proc none "$1/proc"
+mount --bind "$2" "$1/tmp"
+exec chroot "$1" /bin/sh -e -c '
+    PYTHONPATH=/tmp /opt/amphora-agent/bin/python3 /tmp/agent.py &
+    until [ -S /run/amphora-interface.socket ]; do sleep 0.1; done
+    export WORD=there
+    echo input | unshare --net sh -c "readlink /proc/self/ns/net; amphora-interface up eth9" ||
+        echo "status $?"
+'
+"""
+
+
+def test_fork_of_the_agent_does_the_work_of_a_command(root: Path, tmp_path: Path) -> None:
+    """It has its arguments, variables, streams and network, and the command ends as it does."""
+    for name, text in STAND_INS.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    alone = ("unshare", "--mount", "--pid", "--fork", "--kill-child")
+    done = subprocess.run(
+        [*alone, "sh", "-e", "-c", ASK, "sh", root, tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    network, answer, status = done.stdout.splitlines()
+    assert answer == f"there {network} up eth9"
+    assert status == "status 7"
+    assert done.stderr == "input\n\n"
+    assert network != str(Path("/proc/self/ns/net").readlink())
+
+
 def test_root_cannot_log_in(root: Path) -> None:
     """Without -r the root account has no password that fits."""
     (line,) = (
