@@ -325,7 +325,7 @@ class Controller:
         ]
         monitor = models.HealthMonitor(
             # A dead member refuses at once; a check that takes long shows a busy host.
-            **_row(delay=check_every, timeout=10, fall_threshold=3, rise_threshold=2),
+            **_row(delay=check_every, timeout=60, fall_threshold=3, rise_threshold=2),
             type=constants.HEALTH_MONITOR_UDP_CONNECT if lvs else constants.HEALTH_MONITOR_HTTP,
             http_method="GET",
             url_path="/",
