@@ -20,7 +20,7 @@ from urllib.request import urlopen
 
 from uv import find_uv_bin
 
-from amphora_image import netns_unit
+from amphora_image import netns_unit, reproducible
 from amphora_image.agent_locks.check_imports import COMMANDS
 from amphora_image.errors import AmphoraImageError, BadValue
 from amphora_image.run import run
@@ -477,6 +477,9 @@ def main(argv: list[str]) -> int:
         source = source_from(environ)
         install(root, source, architecture=environ.get("ARCH", "amd64"), environ=environ)
         netns_unit.shorten(root)
+        if epoch := environ.get(reproducible.VARIABLE):
+            # Before anything is compiled: byte code knows its source by the time.
+            reproducible.settle_times(root / HOME.lstrip("/"), int(epoch))
     except AmphoraImageError as error:
         print(
             f"error: {error}",

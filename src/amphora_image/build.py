@@ -142,6 +142,7 @@ def _commands(
         architecture=request.architecture,
         qemu_img_options=request.qemu_img_options,
         vhd_subformat=request.vhd_subformat,
+        epoch=request.environment.source_date_epoch,
     )
     env["AMPHORA_TREE"] = str(source.tree)
     return [

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from amphora_image import agent, cache, check, host
+from amphora_image import agent, cache, check, host, reproducible
 from amphora_image.build import build, signals_interrupt
 from amphora_image.build_all import Line, SomeFailed, build_all, jobs_here, plan_builds, read_lines
 from amphora_image.errors import AmphoraImageError, BootFailed, CheckFailed, Interrupted
@@ -26,6 +27,7 @@ from amphora_image.image import read_image
 from amphora_image.options import Parser, add_build_options, cache_dir, file_path, read_request
 from amphora_image.plan import make_plan
 from amphora_image.request import GIB, Request, size_in_gib
+from amphora_image.verify import verify
 
 EPILOG = """\
 examples:
@@ -145,6 +147,22 @@ def _findings(image: Path) -> list[check.Finding]:
         return [check.Finding("all", "error", str(error), "", "")]
 
 
+def _verify_reproducible(args: argparse.Namespace) -> None:
+    epoch = os.environ.setdefault(reproducible.VARIABLE, str(int(time.time())))
+    request = read_request(args, os.environ, platform.machine())
+    plan = make_plan(request, host.look())
+    console = Console(stderr=True, quiet=args.quiet)
+    found = verify(request, lambda each: build(each, plan, console))
+    if args.json:
+        print(json.dumps({"source_date_epoch": int(epoch), **found.as_json()}, indent=2))
+    else:
+        Console(highlight=False).print(found.as_table(f"{reproducible.VARIABLE}={epoch}"))
+    if found.differing:
+        raise CheckFailed(
+            f"{', '.join(found.differing)} differ; {len(found.rows)} differences in the tree"
+        )
+
+
 def _boot(args: argparse.Namespace) -> None:
     # The controller's side is an extra: amphora-image[prove].
     from amphora_image import container, proof
@@ -260,6 +278,12 @@ def _verbs() -> argparse.ArgumentParser:
     plan = verb("plan", _plan, "Show what disk-image-create would be told, as JSON.")
     add_build_options(plan)
     plan.add_argument("--shell", action="store_true", help="as a line to paste into a shell")
+    again = verb(
+        "verify-reproducible",
+        _verify_reproducible,
+        "Build an image twice, and see that both are the same bytes.",
+    )
+    add_build_options(again)
     inspect = verb("inspect", _inspect, "Show what an image holds, without mounting it.")
     inspect.add_argument("image", metavar="IMAGE", help="a qcow2, raw, vhd or tar file")
     inspect.add_argument("--json", action="store_true", help="the facts as JSON")

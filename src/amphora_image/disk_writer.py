@@ -7,11 +7,12 @@ the file.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from amphora_image import boot_loader
+from amphora_image import boot_loader, reproducible
 from amphora_image.partitions import (
     BIOS_BOOT,
     ESP,
@@ -22,6 +23,7 @@ from amphora_image.partitions import (
     lay,
     sfdisk_script,
 )
+from amphora_image.reproducible import identifier
 from amphora_image.request import Architecture, VhdSubformat
 from amphora_image.run import run
 
@@ -50,6 +52,7 @@ class Source:
     :ivar work: holds the tree, or the disk and the tar that elements of others had DIB make.
     :ivar name: of the image.
     :ivar size: of the disk, bytes.
+    :ivar epoch: SOURCE_DATE_EPOCH, if the same bytes are wanted each time.
     """
 
     work: Path
@@ -58,6 +61,7 @@ class Source:
     architecture: Architecture
     qemu_img_options: str = ""
     vhd_subformat: VhdSubformat = VhdSubformat.DYNAMIC
+    epoch: int | None = None
 
     @property
     def tree(self) -> Path:
@@ -79,6 +83,15 @@ class Source:
         """The tar that DIB made."""
         return self.work / "image.tar"
 
+    @property
+    def environment(self) -> dict[str, str] | None:
+        """Of programs that write file systems; None: the caller's own."""
+        return None if self.epoch is None else reproducible.environment(self.epoch)
+
+    def identify(self, what: str) -> str:
+        """Return the UUID of a part of the disk."""
+        return str(uuid.uuid4()) if self.epoch is None else identifier(self.epoch, what)
+
 
 def write_disk(source: Source) -> None:
     """Write a new disk, a sparse file.
@@ -88,25 +101,29 @@ def write_disk(source: Source) -> None:
     with source.disk.open("wb") as file:
         file.truncate(source.size)
     laid = lay(LAYOUTS[source.architecture], source.size)
-    run(["sfdisk", "--quiet", source.disk], stdin=sfdisk_script(laid))
+    run(["sfdisk", "--quiet", source.disk], stdin=sfdisk_script(laid, source.identify))
     for part, extent in laid.items():
         CONTENTS[part.type](source, extent)
 
 
 def write_root(source: Source, extent: Extent) -> None:
     """Make the root file system and copy the tree into it."""
+    seed = f"hash_seed={source.identify('hash')}"
     run(
         [
             *("mkfs.ext4", "-q", "-L", ROOT_LABEL, "-d", source.tree),
             *("-b", str(BLOCK), "-i", str(BYTES_PER_INODE), "-I", str(INODE)),
-            *("-m", str(RESERVED), "-J", f"size={JOURNAL_MIB}"),
+            *("-m", str(RESERVED), "-J", f"size={JOURNAL_MIB}", "-U", source.identify("root fs")),
             *("-O", ",".join(("none", *FEATURES))),
             # The new file is all zeros: nothing to discard, and nothing left for the kernel to
             # initialise at the first boot.
-            *("-E", f"offset={extent.start},nodiscard,lazy_itable_init=0"),
+            *("-E", f"offset={extent.start},nodiscard,lazy_itable_init=0,{seed}"),
             *(source.disk, str(extent.size // BLOCK)),
-        ]
+        ],
+        env=source.environment,
     )
+    if source.epoch is not None:
+        reproducible.settle_inodes(source.disk, extent.start, source.tree, source.epoch)
 
 
 def write_grub_for_bios(source: Source, extent: Extent) -> None:
@@ -119,9 +136,14 @@ def write_esp(source: Source, extent: Extent) -> None:
     place = ("--offset", str(extent.start // SECTOR))
     kibibytes = str(extent.size // 1024)
     # One sector a cluster: else mkfs.fat(8) chooses by the size of the whole disk.
-    run(["mkfs.fat", "-F", "32", "-s", "1", "-n", "ESP", *place, source.disk, kibibytes])
+    sizes = ("-F", "32", "-s", "1")
+    serial = ("-i", source.identify("esp fs")[:8])
+    # The label has a time; mkfs.fat knows no SOURCE_DATE_EPOCH.
+    fixed = [] if source.epoch is None else ["--invariant"]
+    run(["mkfs.fat", *sizes, *fixed, *serial, "-n", "ESP", *place, source.disk, kibibytes])
     files = sorted(source.esp.iterdir())
-    run(["mcopy", "-s", "-i", f"{source.disk}@@{extent.start}", *files, "::"])
+    image = f"{source.disk}@@{extent.start}"
+    run(["mcopy", "-s", "-m", "-i", image, *files, "::"], env=source.environment)
 
 
 #: A partition's type -> what writes its content.

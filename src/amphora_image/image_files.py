@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +15,9 @@ from pathlib import Path
 from amphora_image.disk_writer import Source, write_disk
 from amphora_image.errors import AmphoraImageError
 from amphora_image.oci import write_oci
+from amphora_image.reproducible import settle_tree
 from amphora_image.request import Architecture, ImageType, VhdSubformat
-from amphora_image.run import run
+from amphora_image.run import TAR_OPTIONS, run
 
 #: Image types that are made of the raw disk.
 DISK_TYPES = frozenset({ImageType.QCOW2, ImageType.RAW, ImageType.VHD})
@@ -31,7 +31,9 @@ def write_qcow2(source: Source, file: Path) -> None:
     options = source.qemu_img_options
     if "compression_type=" not in options:
         options = ",".join(filter(None, ("compression_type=zstd", options)))
-    _convert(source, file, "-O", "qcow2", "-c", "-m", "4", "-W", "-o", options)
+    # Out of order is quicker, and another order each time.
+    order = ["-W"] if source.epoch is None else []
+    _convert(source, file, "-O", "qcow2", "-c", "-m", "4", *order, "-o", options)
 
 
 def write_raw(source: Source, file: Path) -> None:
@@ -54,7 +56,9 @@ def write_tar(source: Source, file: Path) -> None:
         run(["cp", source.tar, file])
         return
     excluded = [f"--exclude=./{pattern}" for pattern in MOUNT_POINTS]
-    kept = ["--sort=name", "--numeric-owner", "--xattrs", "--xattrs-include=*"]
+    # Neither the number of this process nor times that nobody set.
+    headers = "--pax-option=exthdr.name=%d/PaxHeaders/%f,delete=atime,delete=ctime"
+    kept = ["--sort=name", *TAR_OPTIONS, "--format=posix", headers]
     run(["tar", "--create", *excluded, *kept, f"--file={file}", f"--directory={source.tree}", "."])
 
 
@@ -63,20 +67,19 @@ def write_oci_image(source: Source, file: Path) -> None:
     with tempfile.TemporaryDirectory(dir=source.work) as scratch:
         tar = Path(scratch, "root.tar")
         write_tar(source, tar)
-        write_oci(tar, file, name=source.name, architecture=source.architecture, created=now())
+        created = datetime.now(UTC) if source.epoch is None else _time(source.epoch)
+        write_oci(tar, file, name=source.name, architecture=source.architecture, created=created)
 
 
 def write_squashfs(source: Source, file: Path) -> None:
     """Write a squashfs of the root file system, compressed by zstd."""
     excluded = ["-wildcards", "-e", *MOUNT_POINTS]
     options = ["-quiet", "-no-progress", "-noappend", "-comp", "zstd"]
-    run(["mksquashfs", source.tree, file, *options, *excluded])
+    run(["mksquashfs", source.tree, file, *options, *excluded], env=source.environment)
 
 
-def now() -> datetime:
-    """Return the time that files tell: SOURCE_DATE_EPOCH, seconds since 1970, if it is set."""
-    epoch = os.environ.get("SOURCE_DATE_EPOCH")
-    return datetime.fromtimestamp(int(epoch), UTC) if epoch else datetime.now(UTC)
+def _time(epoch: int) -> datetime:
+    return datetime.fromtimestamp(epoch, UTC)
 
 
 WRITERS: Mapping[ImageType, Callable[[Source, Path], None]] = {
@@ -95,6 +98,9 @@ def write_files(source: Source, files: Mapping[ImageType, Path]) -> None:
     :raises AmphoraImageError: one of them cannot be written.
     """
     set_esp_aside(source)
+    if source.epoch is not None:
+        for tree in filter(Path.exists, (source.tree, source.esp)):
+            settle_tree(tree, source.epoch)
     if source.tree.exists() and not DISK_TYPES.isdisjoint(files):
         print("phase: disk", flush=True)
         write_disk(source)

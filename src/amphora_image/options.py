@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
-from amphora_image import agent, host
+from amphora_image import agent, host, reproducible
 from amphora_image.errors import BadValue
 from amphora_image.request import (
     RELEASES,
@@ -156,7 +156,22 @@ def read_environment(env: Mapping[str, str]) -> Environment:
         datasources=env.get("CLOUD_INIT_DATASOURCES") or Environment.datasources,
         nftables=_flag(env, "DIB_OCTAVIA_AMP_USE_NFTABLES", default=True),
         command_line=env.get("DIB_BOOTLOADER_DEFAULT_CMDLINE", ""),
+        source_date_epoch=_epoch(env),
     )
+
+
+#: Times that every file system of an image can hold: FAT's are from 1980 to 2107.
+EPOCHS = (315_532_800, 4_354_819_199)
+
+
+def _epoch(env: Mapping[str, str]) -> int | None:
+    value = env.get(reproducible.VARIABLE)
+    if value and not (value.isdecimal() and EPOCHS[0] <= int(value) <= EPOCHS[1]):
+        raise BadValue(
+            f"{reproducible.VARIABLE} is {value!r}; "
+            f"allowed are whole seconds since 1970, from {EPOCHS[0]} to {EPOCHS[1]}"
+        )
+    return int(value) if value else None
 
 
 def _url(env: Mapping[str, str], name: str) -> str | None:

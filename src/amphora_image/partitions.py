@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -75,11 +75,14 @@ def lay(parts: Sequence[Part], disk_size: int) -> dict[Part, Extent]:
     return laid
 
 
-def sfdisk_script(laid: Mapping[Part, Extent]) -> str:
-    """Return the GPT as :manpage:`sfdisk(8)` reads it, sizes in sectors of 512 bytes."""
+def sfdisk_script(laid: Mapping[Part, Extent], identify: Callable[[str], str]) -> str:
+    """Return the GPT as :manpage:`sfdisk(8)` reads it, sizes in sectors of 512 bytes.
+
+    :param identify: name of a partition, or "disk" -> its GUID.
+    """
     rows = [
         f"start={extent.start // SECTOR}, size={extent.size // SECTOR}, "
-        f'type={part.type}, name="{part.name}"'
+        f'type={part.type}, uuid={identify(part.name)}, name="{part.name}"'
         for part, extent in laid.items()
     ]
-    return "\n".join(["label: gpt", *rows]) + "\n"
+    return "\n".join(["label: gpt", f"label-id: {identify('disk')}", *rows]) + "\n"

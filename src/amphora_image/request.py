@@ -196,6 +196,7 @@ class Environment:
     :ivar datasources: what cloud-init may read its data from.
     :ivar nftables: use nftables instead of iptables.
     :ivar command_line: words added to the kernel's command line.
+    :ivar source_date_epoch: the build's time, seconds since 1970, if it is to be reproducible.
     """
 
     mirror: str | None = None
@@ -210,6 +211,7 @@ class Environment:
     datasources: str = "ConfigDrive"
     nftables: bool = True
     command_line: str = ""
+    source_date_epoch: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,12 +20,13 @@ from pathlib import Path
 from amphora_image import archives
 from amphora_image.cache import digest, locked, new_entry, use
 from amphora_image.errors import AmphoraImageError
-from amphora_image.run import run
+from amphora_image.run import TAR_OPTIONS, pipe, run
 
 #: Variables that decide what the tree holds.
 VARIABLES = (
     *("ARCH", "DISTRO_NAME", "DIB_RELEASE"),
     *("AMPHORA_APT_COMPONENTS", "AMPHORA_APT_SOURCES", "AMPHORA_KERNEL_PACKAGE"),
+    "SOURCE_DATE_EPOCH",
 )
 
 #: Set: nothing is taken from the cache.
@@ -97,9 +98,9 @@ def restore(entry: Path, root: Path) -> None:
     """
     try:
         # zstd verifies the entry's checksum, tar its structure.
-        _pipe(
+        pipe(
             ["zstd", "--decompress", "--stdout", "--quiet", str(entry)],
-            ["tar", "--extract", *_TAR, "--preserve-permissions", "--directory", str(root)],
+            ["tar", "--extract", *TAR_OPTIONS, "--preserve-permissions", "--directory", str(root)],
         )
     except AmphoraImageError:
         entry.unlink(missing_ok=True)
@@ -116,21 +117,10 @@ def store(inputs: Inputs, root: Path) -> None:
         remembered.parent.mkdir(parents=True, exist_ok=True)
         remembered.write_text(archives.own_sources(root))
     with new_entry(inputs.entry(state)) as part:
-        _pipe(
-            ["tar", "--create", *_TAR, "--directory", str(root), "."],
+        pipe(
+            ["tar", "--create", *TAR_OPTIONS, "--directory", str(root), "."],
             ["zstd", "-1", "--threads=0", "--check", "--quiet", "-o", str(part)],
         )
-
-
-_TAR = ("--numeric-owner", "--xattrs", "--xattrs-include=*")
-
-
-def _pipe(first: list[str], second: list[str]) -> None:
-    with subprocess.Popen(first, stdout=subprocess.PIPE) as source:
-        sink = subprocess.run(second, stdin=source.stdout, check=False)
-    if source.returncode or sink.returncode:
-        command = f"{' '.join(first)} | {' '.join(second)}"
-        raise AmphoraImageError(f"{command} ended with {source.returncode}, {sink.returncode}")
 
 
 def provide(inputs: Inputs, root: Path, make: Sequence[str], *, offline: bool, fresh: bool) -> None:

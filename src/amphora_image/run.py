@@ -11,6 +11,21 @@ from pathlib import Path
 
 from amphora_image.errors import AmphoraImageError
 
+#: Of tar, for a root file system: all that a file has.
+TAR_OPTIONS = ("--numeric-owner", "--xattrs", "--xattrs-include=*")
+
+
+def pipe(first: Sequence[str], second: Sequence[str]) -> None:
+    """Run two programs, the second of which reads what the first writes.
+
+    :raises AmphoraImageError: one of them failed.
+    """
+    with subprocess.Popen(first, stdout=subprocess.PIPE) as source:
+        sink = subprocess.run(second, stdin=source.stdout, check=False)
+    if source.returncode or sink.returncode:
+        command = f"{shlex.join(first)} | {shlex.join(second)}"
+        raise AmphoraImageError(f"{command} ended with {source.returncode}, {sink.returncode}")
+
 
 def run(
     argv: Sequence[str | Path],

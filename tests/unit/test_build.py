@@ -126,7 +126,11 @@ def test_files_of_a_build(box: Sandbox, wish: Callable[..., Request], tmp_path: 
 
 def test_commands(box: Sandbox, wish: Callable[..., Request]) -> None:
     """disk-image-create runs in the work directory, then what makes files of its tree."""
-    request = wish(image_types=ALL_TYPES, qemu_img_options="cluster_size=1M")
+    request = wish(
+        image_types=ALL_TYPES,
+        qemu_img_options="cluster_size=1M",
+        environment=Environment(source_date_epoch=1795593600),
+    )
     built(request)
     mkdir, create, write = box.commands
     assert mkdir.argv == ["mkdir", "-p", create.cwd]
@@ -141,6 +145,7 @@ def test_commands(box: Sandbox, wish: Callable[..., Request]) -> None:
         "architecture": "amd64",
         "qemu_img_options": "cluster_size=1M",
         "vhd_subformat": "dynamic",
+        "epoch": 1795593600,
     }
     assert list(files) == list(ALL_TYPES)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from amphora_image import disk_writer, image_files
+from amphora_image import disk_writer, image_files, reproducible
 from amphora_image.disk_writer import Source
 from amphora_image.errors import AmphoraImageError
 from amphora_image.image_files import DISK_TYPES, WRITERS
@@ -135,6 +136,32 @@ def test_qcow2_options(source: Source, argvs: list[list[str]], options: str, giv
     assert "-c" in convert
 
 
+def test_reproducible(
+    source: Source, argvs: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an epoch the trees are settled, nothing is chosen at random, and all goes in order."""
+    settled: list[Path] = []
+    monkeypatch.setattr(image_files, "settle_tree", lambda tree, _: settled.append(tree))
+    monkeypatch.setattr(reproducible, "run", lambda *_, **__: "")
+    first, second = (a_source(source.work, epoch=1795593600) for _ in range(2))
+    written(first, ImageType.QCOW2)
+    count = len(argvs)
+    shutil.rmtree(source.esp)
+    (source.tree / "boot/efi/EFI").mkdir(parents=True)
+    written(second, ImageType.QCOW2)
+    assert argvs[count:] == argvs[:count]
+    assert settled == [source.tree, source.esp] * 2
+    convert, mkfat = argvs[-1], next(argv for argv in argvs if argv[0] == "mkfs.fat")
+    assert "-W" not in convert
+    assert "--invariant" in mkfat
+
+
+def test_identifiers_are_new_each_time(source: Source, argvs: list[list[str]]) -> None:
+    """Without an epoch no two disks have the same identifiers."""
+    assert source.identify("disk") != source.identify("disk")
+    assert source.environment is None
+
+
 @pytest.mark.parametrize("subformat", VhdSubformat)
 def test_vhd(source: Source, argvs: list[list[str]], subformat: VhdSubformat) -> None:
     """A VHD is of the kind that was asked for, and of the disk's size."""
@@ -160,7 +187,8 @@ def test_oci(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
         return ""
 
     monkeypatch.setattr(image_files, "run", tar)
-    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
+    monkeypatch.setattr(image_files, "settle_tree", lambda *_: None)
+    source = a_source(source.work, epoch=0)
     written(source, ImageType.OCI)
     with tarfile.open(source.work / "lb.oci") as archive:
         assert {member.mtime for member in archive} == {0}

@@ -72,13 +72,14 @@ def test_partitions_that_do_not_fit(disk_size: int, sizes: list[int]) -> None:
 def test_sfdisk_script(disk_size: int, sizes: list[int]) -> None:
     """The script has a header and a line a partition, in sectors, as sfdisk(8) reads them."""
     laid = lay(parts(*sizes, REST), disk_size)
-    header, *rows = sfdisk_script(laid).splitlines()
-    assert header == "label: gpt"
+    header, disk, *rows = sfdisk_script(laid, "id of {}".format).splitlines()
+    assert [header, disk] == ["label: gpt", "label-id: id of disk"]
     for row, (part, extent) in zip(rows, laid.items(), strict=True):
         fields = dict(field.split("=") for field in row.split(", "))
         assert int(fields["start"]) * SECTOR == extent.start
         assert 0 <= extent.size - int(fields["size"]) * SECTOR < SECTOR
         assert fields["type"] == LINUX
+        assert fields["uuid"] == f"id of {part.name}"
         assert fields["name"] == f'"{part.name}"'
 
 
