@@ -389,7 +389,7 @@ def what_matters(lines: Sequence[str], count: int = 30) -> list[str]:
 
     What is said again and again, as by a service that tries for ever, is shown the first time.
 
-    :param count: how many at most: the last ones.
+    :param count: how many at most: a third of them the first, where causes are, the rest the last.
     """
     chosen, in_traceback, said = [], False, set()
     for number, line in enumerate(lines):
@@ -402,7 +402,8 @@ def what_matters(lines: Sequence[str], count: int = 30) -> list[str]:
         if text not in said and (before or in_traceback or is_end or TROUBLE.search(line)):
             said.add(text)
             chosen.append(line)
-    return chosen[-count:]
+    first = count // 3
+    return chosen if len(chosen) <= count else chosen[:first] + chosen[first - count :]
 
 
 def _read_console(machine: Machine, log: IO[str]) -> None:

@@ -108,9 +108,10 @@ def test_what_matters_is_said_once() -> None:
 
 
 def test_what_matters_is_bounded() -> None:
-    """However much went wrong, only the last lines are shown."""
+    """However much went wrong, only the first and the last lines are shown."""
     lines = [f"error {number}" for number in range(1000)]
-    assert boot.what_matters(lines) == lines[-30:]
+    assert boot.what_matters(lines) == lines[:10] + lines[-20:]
+    assert boot.what_matters(lines[:30]) == lines[:30]
 
 
 @pytest.mark.parametrize(
