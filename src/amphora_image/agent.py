@@ -55,8 +55,9 @@ THEN = {"amphora-agent": "\nimport amphora_fork\n\namphora_fork.serve()\n"}
 #: Command -> who is asked to do its work.
 ASKED = {"amphora-interface": "ask-agent"}
 
-REPOSITORY = "https://opendev.org/openstack/octavia"
-LIB_REPOSITORY = "https://opendev.org/openstack/octavia-lib"
+PROJECT = "openstack/octavia"
+REPOSITORY = f"https://opendev.org/{PROJECT}"
+LIB_REPOSITORY = f"{REPOSITORY}-lib"
 
 
 @dataclass(frozen=True)
@@ -139,10 +140,15 @@ _DIB_VARIABLES = {
 
 
 def choose(
-    environ: Mapping[str, str], *, ref: str | None = None, packages: bool = False
+    environ: Mapping[str, str],
+    *,
+    ref: str | None = None,
+    packages: bool = False,
+    git_base: str | None = None,
 ) -> AgentSource:
     """The source that a user asked for: ``-g REF``, ``-p``, or any variable of Octavia's script.
 
+    :param git_base: URL that ends in a slash, for repositories that are not named.
     :raises BadValue: both options were given, the ref is none, or a URL holds a password.
     """
     for name in _DIB_VARIABLES:
@@ -163,6 +169,10 @@ def choose(
     # The part of git-check-ref-format(1) that a URL with a ref at its end depends on.
     if not re.fullmatch(r"(?![-/.])[\w./+-]+(?<![/.])", asked.get("ref", "master"), re.ASCII):
         raise BadValue(f"-g (agent's ref) is {asked['ref']!r}; allowed is a branch, tag or commit")
+    if git_base and asked:
+        asked.setdefault("repository", f"{git_base}{PROJECT}")
+    if git_base and "lib_ref" in asked:
+        asked.setdefault("lib_repository", f"{git_base}{PROJECT}-lib")
     return FromGit(**asked) if asked else Locked()
 
 
@@ -346,7 +356,7 @@ def _uv(environ: Mapping[str, str], *arguments: str | Path, stdin: str | None = 
         [find_uv_bin(), "pip", *arguments],
         env={"UV_SYSTEM_CERTS": "1", **environ, **ours, **offline},
         stdin=stdin,
-        hint="UV_DEFAULT_INDEX sets a mirror, SSL_CERT_FILE a private CA, -g the Git ref",
+        hint="--index-url names a mirror, --ca-file a private CA, -g the Git ref",
     )
 
 
@@ -464,10 +474,7 @@ def _installed(root: Path) -> list[Distribution]:
 
 
 def main(argv: list[str]) -> int:
-    """``python -m amphora_image.agent install ROOT``, for an element's extra-data.d script.
-
-    The source is in AMPHORA_AGENT_*, the architecture in diskimage-builder's ARCH.
-    """
+    """``python -m amphora_image.agent install ROOT``: AMPHORA_AGENT_* and DIB's ARCH say what."""
     if argv[:1] != ["install"] or len(argv) != 2:
         print("usage: python -m amphora_image.agent install ROOT", file=sys.stderr)
         return BadValue.exit_code
@@ -481,12 +488,8 @@ def main(argv: list[str]) -> int:
             # Before anything is compiled: byte code knows its source by the time.
             reproducible.settle_times(root / HOME.lstrip("/"), int(epoch))
     except AmphoraImageError as error:
-        print(
-            f"error: {error}",
-            f"hint: {error.hint}" if error.hint else "",
-            file=sys.stderr,
-            sep="\n",
-        )
+        hint = f"\nhint: {error.hint}" if error.hint else ""
+        print(f"error: {error}{hint}", file=sys.stderr)
         return error.exit_code
     return 0
 

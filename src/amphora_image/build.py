@@ -17,6 +17,7 @@ from types import FrameType
 from rich.console import Console
 
 from amphora_image import disk_writer, host, image_cache, image_files, manifest, sandbox
+from amphora_image.access import passwords, trust
 from amphora_image.errors import AmphoraImageError, Interrupted
 from amphora_image.image_cache import Made
 from amphora_image.log import BuildLog, hint_for, that_matter
@@ -39,7 +40,8 @@ def build(request: Request, plan: Plan, console: Console) -> list[Path]:
     request.cache_dir.mkdir(parents=True, exist_ok=True)
     request.output.parent.mkdir(parents=True, exist_ok=True)
     log_path = request.log_file or _default_log(request)
-    with signals_interrupt(), BuildLog(log_path, console) as log, workspace() as space:
+    secrets = passwords({**os.environ, **plan.environment})
+    with signals_interrupt(), BuildLog(log_path, console, secrets) as log, workspace() as space:
         _give_to_caller(log_path)
         log.phase("preparation")
         partial = _partial_outputs(request, space)
@@ -167,6 +169,7 @@ def _build_environment(
     request: Request, plan: Plan, space: Workspace, contents: Path
 ) -> dict[str, str]:
     env = {**os.environ, **plan.environment}
+    env |= trust(request.access, env, space)
     for name, paths in plan.paths.items():
         for path in paths:
             if name in {"DIB_IMAGE_CACHE", "UV_CACHE_DIR"}:

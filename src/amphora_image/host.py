@@ -210,12 +210,12 @@ def _require_keyring(request: Request) -> None:
 
 
 def _require_release(request: Request) -> None:
-    if request.base_os is not BaseOS.UBUNTU or request.environment.mirror:
+    if request.base_os is not BaseOS.UBUNTU or request.access.mirror:
         return
     if not UBUNTU_RELEASES.exists():
         raise HostError(
             f"where Ubuntu's archive is cannot be told without {UBUNTU_RELEASES}",
-            hint="apt-get install distro-info-data, or set BASE_OS_MIRROR",
+            hint="apt-get install distro-info-data, or name a --mirror",
         )
 
 

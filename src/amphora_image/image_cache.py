@@ -67,7 +67,8 @@ def key_of(request: Request, plan: Plan, environ: Mapping[str, str]) -> Key | No
         return None
     system = f"{request.base_os}-{request.release}-{request.architecture}"
     given = plan.environment.get("AMPHORA_APT_SOURCES", "")
-    state = archives.ask(sources_of(request.cache_dir, system, given))
+    sources = sources_of(request.cache_dir, system, given)
+    state = archives.ask(sources, request.access.urlopen)
     if state is None:
         return None
     name = cache.digest(
@@ -75,15 +76,21 @@ def key_of(request: Request, plan: Plan, environ: Mapping[str, str]) -> Key | No
         [str(request.size), request.qemu_img_options, request.vhd_subformat],
         plan.elements,
         plan.options,
-        dict(plan.environment),
+        # The way to an archive is no part of what it holds.
+        {name: value for name, value in plan.environment.items() if not _is_proxy(name)},
         {name: value for name, value in environ.items() if name.startswith(PREFIXES)},
         state,
         [sys.version, *(metadata.version(name) for name in ("diskimage-builder", "uv"))],
         *map(_identity, TOOLS),
+        *plan.paths.get("AMPHORA_CA_FILE", ()),
         *plan.paths.get("DIB_APT_KEYRING", ()),
         *own_files(),
     )
     return Key(request.cache_dir / "images" / f"{system}-{name}", state)
+
+
+def _is_proxy(name: str) -> bool:
+    return name.lower().endswith("_proxy")
 
 
 def _can_be_known(request: Request) -> bool:

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
+from amphora_image.access import SECRET, redacted
+
 #: diskimage-builder's phases, in words.
 PHASES = {
     "root": "root file system and packages",
@@ -49,7 +51,7 @@ HINTS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (
             r"BADSIG|invalid signature|[Bb]ad signature",
             "a file of the archive is not what was signed: something on the way changed it; "
-            "name another mirror (BASE_OS_MIRROR)",
+            "name another mirror (--mirror)",
         ),
         (
             r"NO_PUBKEY|no public key|is not signed|EXPKEYSIG|signature verification failed",
@@ -59,46 +61,45 @@ HINTS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (
             r"[Cc]ertificate verif|CERTIFICATE_VERIFY_FAILED|invalid peer certificate"
             r"|self.signed certificate|certificate is NOT trusted",
-            "a TLS certificate is not trusted: add your CA to the host's trust store, "
-            "and set SSL_CERT_FILE for Python's packages",
+            "a TLS certificate is not trusted: name the certificate of your CA with --ca-file",
         ),
         (
             r"Release file for \S+ is (expired|not valid yet)",
             "the mirror is not kept up to date any more, or this host's clock is wrong: "
-            "see date, or name another mirror (BASE_OS_MIRROR)",
+            "see date, or name another mirror (--mirror)",
         ),
         (
             r"Hash Sum mismatch|File has unexpected size",
             "a file of the mirror is not the one that its signed index names: the mirror is being "
             "updated, or something on the way changes files; try again later, or name another "
-            "mirror (BASE_OS_MIRROR)",
+            "mirror (--mirror)",
         ),
         (
             r"\b40[34]\s+(Not Found|Forbidden)",
             "a file is not on the mirror: the mirror is not complete, or -d or its URL is wrong "
-            "(BASE_OS_MIRROR, UV_DEFAULT_INDEX)",
+            "(--mirror, --index-url)",
         ),
         (
             r"\b5\d\d\s+(Internal|Bad Gateway|Service|Gateway)",
             "the mirror or a proxy is out of order: try again later, or name another mirror "
-            "(BASE_OS_MIRROR, UV_DEFAULT_INDEX)",
+            "(--mirror, --index-url)",
         ),
         (
             r"Redirection loop",
             "the mirror sends its clients in a circle: name its own URL, or another mirror "
-            "(BASE_OS_MIRROR)",
+            "(--mirror)",
         ),
         (
             r"Error reading from server|Connection timed out|Remote end closed",
             "the connection to a mirror broke off, each time that it was tried: check the network "
-            "and proxies, or name another mirror (BASE_OS_MIRROR, UV_DEFAULT_INDEX)",
+            "and proxies, or name another mirror (--mirror, --index-url)",
         ),
         (
             r"Could not resolve|Failed to fetch|Connection (failed|refused|timed out)"
             r"|Unable to connect|dns error|error sending request|tcp connect error"
             r"|Temporary failure in name resolution|Network is unreachable",
             "a mirror cannot be reached: check the network and proxies, "
-            "or name another mirror (BASE_OS_MIRROR, UV_DEFAULT_INDEX)",
+            "or name another mirror (--mirror, --index-url)",
         ),
         (
             r"Unable to locate package|has no installation candidate|Unable to correct problems",
@@ -141,16 +142,19 @@ class BuildLog:
 
     :param path: of the log file, which is made anew.
     :param console: where the progress goes.
+    :param secrets: texts that are never written.
     :ivar seconds: phase -> seconds that it took, in the order of their first beginning.
     """
 
-    def __init__(self, path: Path, console: Console) -> None:
+    def __init__(self, path: Path, console: Console, secrets: Iterable[str] = ()) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.lines: list[str] = []
         self.seconds: dict[str, float] = {}
         self._file: IO[str] = path.open("w", encoding="utf-8", errors="replace")
         self._console = console
+        longest_first = sorted(secrets, key=len, reverse=True)
+        self._secret = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._status: Status | None = None
         self._phase = ""
         self._started = self._phase_started = time.monotonic()
@@ -171,7 +175,7 @@ class BuildLog:
 
     def line(self, text: str) -> None:
         """Take one line of output."""
-        text = text.rstrip()
+        text = self._secret.sub(SECRET, redacted(text.rstrip()))
         self.lines.append(text)
         self._file.write(f"{time.monotonic() - self._started:8.2f} {text}\n")
         self._file.flush()

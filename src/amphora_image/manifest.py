@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from amphora_image import agent, archives
+from amphora_image.access import SECRET, redacted
 from amphora_image.errors import AmphoraImageError
-from amphora_image.plan import SECRET, Plan
+from amphora_image.plan import Plan
 from amphora_image.request import Request
 from amphora_image.run import run
 
@@ -75,19 +76,20 @@ def compose(
 
 
 def asked(request: Request) -> dict[str, Any]:
-    """Return the request as JSON values, the root password as stars."""
+    """Return the request as JSON values, passwords as stars."""
     shown = {
         name: value
         for name, value in vars(request).items()
-        if name not in {"environment", "agent", "root_password"}
+        if name not in {"access", "environment", "agent", "root_password"}
     }
     document = {
         **shown,
         "agent": vars(request.agent),
         "root_password": SECRET if request.root_password is not None else None,
+        "access": vars(request.access),
         "environment": vars(request.environment),
     }
-    plain: dict[str, Any] = json.loads(json.dumps(document, default=str))
+    plain: dict[str, Any] = json.loads(redacted(json.dumps(document, default=str)))
     return plain
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Iterable, Mapping
 from importlib import metadata
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from amphora_image import agent, host, reproducible
+from amphora_image.access import SETTINGS, Access
 from amphora_image.errors import BadValue
 from amphora_image.request import (
     RELEASES,
@@ -100,6 +100,10 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
         metavar="KIND",
         help=f"of a vhd: {' | '.join(VhdSubformat)} (default: dynamic)",
     )
+    for setting in SETTINGS:
+        if setting.help:
+            add(setting.flag, metavar=setting.metavar, help=setting.help)
+    add("--keep-ca", action="store_true", help="let the image trust these CAs too")
     add("--fresh", action="store_true", help="take no image or root file system from the cache")
     add("--offline", action="store_true", help="use what is cached only")
     add("--json", action="store_true", help="the result as JSON on standard output")
@@ -144,8 +148,6 @@ def read_environment(env: Mapping[str, str]) -> Environment:
         if not path.is_dir():
             raise BadValue(f"DIB_LOCAL_ELEMENTS_PATH is {str(path)!r}, which is no directory")
     return Environment(
-        mirror=_url(env, "BASE_OS_MIRROR") or _url(env, "DIB_DISTRIBUTION_MIRROR"),
-        security_mirror=_url(env, "DIB_DEBIAN_SECURITY_MIRROR"),
         keyring=_existing(env, "DIB_APT_KEYRING"),
         elements=tuple(env.get("DIB_ELEMENTS", "").split()),
         local_elements=tuple(env.get("DIB_LOCAL_ELEMENTS", "").split()),
@@ -174,16 +176,14 @@ def _epoch(env: Mapping[str, str]) -> int | None:
     return int(value) if value else None
 
 
-def _url(env: Mapping[str, str], name: str) -> str | None:
-    value = env.get(name)
-    if value and not re.fullmatch(r"(https?|file)://[!-~]+", value):
-        raise BadValue(f"{name} is {value!r}; allowed are http, https and file URLs")
-    if value and "@" in value.split("/")[2]:
-        raise BadValue(
-            f"{name} holds a user or password, which would stay in the image",
-            hint="let a proxy on this host add it, or allow this host's address",
-        )
-    return value or None
+def read_access(args: argparse.Namespace, env: Mapping[str, str]) -> Access:
+    """Return the way to what is downloaded; a flag beats its variables.
+
+    :raises BadValue: a value is not allowed.
+    """
+    flags = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items()}
+    values = {setting.field: setting.value(flags, env) for setting in SETTINGS}
+    return Access(**values, keep_ca=args.keep_ca)
 
 
 def _path(what: str, value: str) -> Path:
@@ -227,13 +227,16 @@ def read_request(args: argparse.Namespace, env: Mapping[str, str], machine: str)
     )
     base_os = choice(BaseOS, "-i (base OS)", args.base_os)
     types = image_types(args.image_type)
+    access = read_access(args, env)
     use_sshd = _flag(env, "DIB_OCTAVIA_AMP_USE_SSH", default=True)
     return Request(
         architecture=architecture,
         backend=choice(Backend, "-b (backend)", args.backend),
         base_os=base_os,
         release=release_of(base_os, architecture, args.release or env.get("DIB_RELEASE")),
-        agent=agent.choose(env, ref=args.agent_ref, packages=args.agent_packages),
+        agent=agent.choose(
+            env, ref=args.agent_ref, packages=args.agent_packages, git_base=access.git_base
+        ),
         image_types=types,
         size=size_in_gib(args.size),
         output=_output(args.output, types),
@@ -252,6 +255,7 @@ def read_request(args: argparse.Namespace, env: Mapping[str, str], machine: str)
         trace=args.trace,
         offline=args.offline or bool(env.get("DIB_OFFLINE")),
         fresh=args.fresh,
+        access=access,
         environment=read_environment(env),
     )
 

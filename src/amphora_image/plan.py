@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from amphora_image import agent
+from amphora_image.access import redacted
 from amphora_image.errors import BadValue
 from amphora_image.host import Host
 from amphora_image.image_files import DISK_TYPES
@@ -17,8 +18,6 @@ from amphora_image.request import Architecture, BaseOS, Request
 
 #: The directory of our own elements.
 ELEMENTS = Path(__file__).parent / "elements"
-
-SECRET = "***"  # noqa: S105  # what is shown in its place
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,7 @@ OUR_DISK = "amphora-disk"
 #: What makes a root file system an amphora: the element, and the requests that want it.
 ELEMENT_ROWS: tuple[tuple[str, Callable[[Request], bool]], ...] = (
     ("amphora-agent", _always),
+    ("amphora-ca", lambda request: request.access.ca_file is not None),
     ("amphora-certificates", _always),
     ("amphora-cloud-init", _always),
     ("amphora-cpu-pinning", lambda request: request.cpu_pinning),
@@ -122,7 +122,8 @@ class Plan:
 
     :ivar elements: in the order given to it; it adds what they depend on.
     :ivar options: its options.
-    :ivar environment: variables laid over the caller's, without those in ``paths``.
+    :ivar environment: variables laid over the caller's, without those in ``paths``. URLs may hold
+        passwords, which are not shown.
     :ivar paths: variables that hold files or directories of this host, several joined with
         ``:``. The build may show them to disk-image-create under other names.
     """
@@ -138,9 +139,10 @@ class Plan:
         return ("disk-image-create", *self.options, *self.elements)
 
     def variables(self) -> dict[str, str]:
-        """Return all variables that the plan sets, paths included."""
+        """Return all variables that the plan sets, paths included, as they may be shown."""
         joined = {name: ":".join(map(str, paths)) for name, paths in self.paths.items()}
-        return dict(sorted({**self.environment, **joined}.items()))
+        shown = {name: redacted(value) for name, value in self.environment.items()}
+        return dict(sorted({**shown, **joined}.items()))
 
     def as_json(self) -> dict[str, Any]:
         """Return the plan as a document: ``elements``, ``argv`` and ``environment``."""
@@ -218,12 +220,11 @@ def _environment(request: Request, host: Host) -> dict[str, str]:
         "DIB_RELEASE": request.release,
         "DISTRO_NAME": str(request.base_os),
         **agent.environment(request.agent),
+        **request.access.environment(),
     }
     if request.debian_family:
         variables["AMPHORA_APT_COMPONENTS"] = distribution.components
         variables["AMPHORA_APT_SOURCES"] = "\n".join(apt_sources(request, host))
-    if env.mirror:
-        variables["DIB_DISTRIBUTION_MIRROR"] = env.mirror
     return variables
 
 
@@ -235,18 +236,18 @@ def apt_sources(request: Request, host: Host) -> list[str]:
 
     :raises BadValue: a security mirror stands alone.
     """
-    env = request.environment
+    access = request.access
     known = host.mirrors if host.base_os == request.base_os else None
-    archive = env.mirror or (known and known.archive)
+    archive = access.mirror or (known and known.archive)
     if not archive:
-        if env.security_mirror:
+        if access.security_mirror:
             raise BadValue(
-                f"DIB_DEBIAN_SECURITY_MIRROR is {env.security_mirror!r} without an archive",
-                hint="set BASE_OS_MIRROR as well",
+                f"the security mirror is {access.security_mirror!r} without an archive",
+                hint="name the archive as well: --mirror or BASE_OS_MIRROR",
             )
         return []
     archive = archive.rstrip("/")
-    security = env.security_mirror or (None if env.mirror else known and known.security)
+    security = access.security_mirror or (None if access.mirror else known and known.security)
     if request.base_os is BaseOS.DEBIAN:
         security = security or f"{archive}-security"
     components = DISTRIBUTIONS[request.base_os].components.replace(",", " ")
@@ -268,6 +269,7 @@ def _paths(request: Request, host: Host) -> dict[str, tuple[Path, ...]]:
         "UV_CACHE_DIR": (request.cache_dir / "uv",),
     }
     optional = {
+        "AMPHORA_CA_FILE": request.access.ca_file,
         "DIB_APT_KEYRING": keyring,
         "DIB_LOCAL_IMAGE": env.local_image,
         "PYTHONPATH": env.dib_repo,

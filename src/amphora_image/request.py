@@ -11,6 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TypeVar
 
+from amphora_image.access import Access
 from amphora_image.agent import AgentSource
 from amphora_image.errors import BadValue
 
@@ -184,8 +185,6 @@ def output_path(value: str, types: Iterable[ImageType], directory: Path) -> Path
 class Environment:
     """The variables of the specification, read once by the command line.
 
-    :ivar mirror: URL of the base OS's archive.
-    :ivar security_mirror: URL of Debian's security archive.
     :ivar keyring: file with the archive's keys.
     :ivar elements: what replaces our elements, if anything.
     :ivar local_elements: what is added to them.
@@ -199,8 +198,6 @@ class Environment:
     :ivar source_date_epoch: the build's time, seconds since 1970, if it is to be reproducible.
     """
 
-    mirror: str | None = None
-    security_mirror: str | None = None
     keyring: Path | None = None
     elements: tuple[str, ...] = ()
     local_elements: tuple[str, ...] = ()
@@ -248,6 +245,7 @@ class Request:
     trace: bool = False
     offline: bool = False
     fresh: bool = False
+    access: Access = field(default_factory=Access)
     environment: Environment = field(default_factory=Environment)
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import http.server
 import re
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,19 +22,22 @@ from pathlib import Path
 class Mirror:
     """A server while it runs.
 
+    :ivar context: of a server that speaks TLS.
     :ivar asked: the paths that were asked for, in order.
     :ivar closing: set when the server ends; what stalls must then go on.
     """
 
     root: Path
     port: int = 0
+    context: ssl.SSLContext | None = None
     asked: list[str] = field(default_factory=list)
     closing: threading.Event = field(default_factory=threading.Event)
 
     @property
     def url(self) -> str:
         """Where the directory is."""
-        return f"http://127.0.0.1:{self.port}/ubuntu"
+        scheme = "https" if self.context else "http"
+        return f"{scheme}://127.0.0.1:{self.port}/ubuntu"
 
 
 class Request(http.server.SimpleHTTPRequestHandler):
@@ -141,12 +145,16 @@ def _begin(request: Request, body: bytes) -> None:
 
 
 @contextmanager
-def serve(root: Path, fault: Fault = no_fault) -> Iterator[Mirror]:
+def serve(
+    root: Path, fault: Fault = no_fault, context: ssl.SSLContext | None = None
+) -> Iterator[Mirror]:
     """Serve a directory named ``ubuntu`` for as long as the context lasts."""
-    mirror = Mirror(root)
+    mirror = Mirror(root, context=context)
     handler = functools.partial(Request, mirror, fault)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
+    if context:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     mirror.port = server.server_port
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()

@@ -264,7 +264,7 @@ def processes_with(mark: str) -> list[int]:
 
 def make_program(path: Path, script: str) -> Path:
     """Make a shell script that stands in for a program."""
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/bash\n{script}\n")
     path.chmod(0o755)
     return path

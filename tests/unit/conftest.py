@@ -6,10 +6,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import settings
 
 from amphora_image import options
@@ -32,7 +36,19 @@ FORBIDDEN = {
     ),
 }
 #: How the names of the variables begin that the command line reads.
-SETTINGS = ("DIB_", "BASE_OS_", "ELEMENTS_", "CLOUD_INIT_", "OCTAVIA_", "AMPHORA_")
+SETTINGS = (
+    *("DIB_", "BASE_OS_", "ELEMENTS_", "CLOUD_INIT_", "OCTAVIA_", "AMPHORA_"),
+    *(
+        "UV_",
+        "PIP_",
+        "http_proxy",
+        "https_proxy",
+        "no_proxy",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "NO_PROXY",
+    ),
+)
 
 #: Hosts that are no network.
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -85,6 +101,18 @@ def a_request() -> Callable[..., Request]:
         return Request(**{**given, **changes})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def ca_certificate() -> bytes:
+    """The certificate of a CA, in PEM form."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "CA of the tests")])
+    today = datetime.now(UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(today).not_valid_after(today + timedelta(days=1))
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
 @pytest.fixture

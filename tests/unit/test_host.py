@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from amphora_image import host
+from amphora_image.access import Access
 from amphora_image.errors import AmphoraImageError, HostError
 from amphora_image.host import Host, Mirrors
 from amphora_image.request import Architecture, BaseOS, Environment, Request
@@ -229,8 +230,8 @@ def test_ubuntu_without_its_releases(
     with pytest.raises(HostError, match="cannot be told without") as missed:
         host.require(a_request(base_os=BaseOS.UBUNTU))
     assert "distro-info-data" in str(missed.value.hint)
-    mirror = Environment(mirror=f"{MIRROR}/ubuntu")
-    host.require(a_request(base_os=BaseOS.UBUNTU, environment=mirror))
+    mirror = Access(mirror=f"{MIRROR}/ubuntu")
+    host.require(a_request(base_os=BaseOS.UBUNTU, access=mirror))
     host.require(a_request(base_os=BaseOS.DEBIAN))
 
 

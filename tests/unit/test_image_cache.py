@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from amphora_image import cache, image_cache
+from amphora_image.access import Access
 from amphora_image.agent import FromGit, Locked, Packaged
 from amphora_image.host import Host, Mirrors
 from amphora_image.image_cache import Key, Made, digests_of, keep, key_of, take
@@ -74,7 +75,7 @@ def entry(
         archive: str = "http://mirror.example.org/debian",
         **changes: Any,
     ) -> Path | None:
-        monkeypatch.setattr(image_cache.archives, "ask", lambda _: state)
+        monkeypatch.setattr(image_cache.archives, "ask", lambda *_: state)
         request = a_request(cache_dir=tmp_path / "cache", **changes)
         host = Host(BaseOS.DEBIAN, Mirrors(archive), {BaseOS.DEBIAN: keyring})
         key = key_of(request, make_plan(request, host), environ)
@@ -103,7 +104,8 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "data sources": {"environment": Environment(datasources="ConfigDrive, Ec2")},
     "iptables": {"environment": Environment(nftables=False)},
     "command line": {"environment": Environment(command_line="quiet")},
-    "mirror": {"environment": Environment(mirror="http://mirror.example.org/other")},
+    "mirror": {"access": Access(mirror="http://mirror.example.org/other")},
+    "index": {"access": Access(index="https://mirror.example.org/simple")},
     "variable of DIB": {"environ": {"DIB_SOMETHING": "1"}},
     "variable of uv": {"environ": {"UV_DEFAULT_INDEX": "https://mirror.example.org/simple"}},
     "time": {"environ": {"SOURCE_DATE_EPOCH": "1"}},
@@ -120,6 +122,7 @@ def test_the_same_again(entry: Callable[..., Path | None], tmp_path: Path) -> No
         log_file=tmp_path / "log",
         on_disk=True,
         environ={"HOME": "/elsewhere", "http_proxy": "http://mirror.example.org:3128"},
+        access=Access(https_proxy="http://mirror.example.org:3128", no_proxy="localhost"),
     )
     assert same == entry()
     assert same

@@ -20,8 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from amphora_image import manifest, options
+from amphora_image.access import SECRET
 from amphora_image.host import Host, Mirrors
-from amphora_image.plan import ELEMENTS, SECRET, Plan, make_plan
+from amphora_image.plan import ELEMENTS, Plan, make_plan
 from amphora_image.request import ARCHITECTURES, RELEASES, Architecture, BaseOS, Request
 
 DATA = Path(__file__).parents[1] / "data/plans"
@@ -105,12 +106,13 @@ def shown(line: str, here: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def place(here: Path) -> Path:
+def place(here: Path, ca_certificate: bytes) -> Path:
     """A current directory with all that the table's lines name."""
     for name in ("elements", "more elements", "diskimage-builder", "tripleo-image-elements"):
         (here / name).mkdir()
     for name in ("guest.qcow2", "keys.gpg"):
         (here / name).touch()
+    (here / "ca.pem").write_bytes(ca_certificate)
     return here
 
 
