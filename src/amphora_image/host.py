@@ -41,6 +41,9 @@ TOOLS: Mapping[str, str] = {
 }
 APT_TOOLS: Mapping[str, str] = {"gpgv": "gpgv", "mmdebstrap": "mmdebstrap", "zstd": "zstd"}
 
+#: What mmdebstrap asks whether this host runs the programs of another architecture.
+FOREIGN_TOOLS: Mapping[str, str] = {"arch-test": "arch-test"}
+
 #: Image type, the program that it alone needs, its package.
 TYPE_TOOLS = ((ImageType.SQUASHFS, "mksquashfs", "squashfs-tools"),)
 
@@ -166,7 +169,9 @@ def require(request: Request) -> None:
     if os.geteuid() != 0:
         raise HostError("building an image needs root", hint="run the same command with sudo")
     by_type = {tool: package for kind, tool, package in TYPE_TOOLS if kind in request.image_types}
-    _require_tools({**TOOLS, **(APT_TOOLS if request.debian_family else {}), **by_type})
+    apt = APT_TOOLS if request.debian_family else {}
+    foreign = request.architecture != default_architecture(platform.machine())
+    _require_tools({**TOOLS, **apt, **(FOREIGN_TOOLS if apt and foreign else {}), **by_type})
     _require_keyring(request)
     _require_release(request)
     _require_architecture(request.architecture, platform.machine())

@@ -46,8 +46,10 @@ PRIVATE = re.compile(
     r"|(root|home/[^/]+)/\.(\w+_history|netrc|git-credentials|pypirc|viminfo)"
     r"|(root|home/[^/]+)/\.(ssh/id_[^.]+|config/pip/pip\.conf|aws/credentials)"
 )
-#: Keys that packages ship for their own tests.
-TEST_DATA = re.compile(r".*/(site|dist)-packages/.*/(tests?|testing)/.*")
+#: Keys that packages ship for their own tests; a library of cryptography tests itself when loaded.
+TEST_DATA = re.compile(
+    r".*/(site|dist)-packages/.*/(tests?|testing)/.*|usr/lib/[^/]+/libgnutls\.so\.[0-9.]+"
+)
 CACHES = re.compile(
     r"(root|home/[^/]+)/\.cache/.+|var/lib/apt/lists/.+|var/cache/apt/(archives/.+\.deb|.+\.bin)"
     r"|var/cache/(dnf|yum|man|ldconfig)/.+|(var/)?tmp/.+|var/log/journal/.+"

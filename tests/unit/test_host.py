@@ -152,6 +152,12 @@ def test_a_host_that_has_all(
         ({"uid": 1000}, {}, "building an image needs root", "sudo"),
         ({"missing": {"sfdisk"}}, {}, "not installed: sfdisk", "apt-get install fdisk"),
         (
+            {"missing": {"arch-test"}},
+            {"architecture": Architecture.I386},
+            "not installed: arch-test",
+            "apt-get install arch-test",
+        ),
+        (
             {"missing": {"mmdebstrap", "losetup", "mount"}},
             {},
             "not installed: mmdebstrap, mount",
@@ -199,6 +205,14 @@ def test_what_is_missing(
         host.require(a_request(**asked))
     assert missed.value.exit_code == 2
     assert hint in missed.value.hint if hint and missed.value.hint else missed.value.hint == hint
+
+
+def test_own_architecture_needs_no_tool_for_others(
+    machine: SimpleNamespace, a_request: Callable[..., Request]
+) -> None:
+    """What tells whether foreign programs run is asked for a foreign architecture only."""
+    machine.missing = {"arch-test"}
+    host.require(a_request())
 
 
 def test_given_keyring_is_enough(
