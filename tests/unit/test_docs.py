@@ -76,6 +76,15 @@ def test_reference_has_every_exit_code() -> None:
     assert {code for code in codes if not re.search(rf"\b{code}\b", section)} == set()
 
 
+def test_marks_have_tests() -> None:
+    """Each test that stands behind a mark of what is proven is there, and each note is one."""
+    text = (ROOT / "docs/support.rst").read_text()
+    tests = re.findall(r"^\.\. \[\d+\] ``([^:`]+)(?:::(\w+))?``", text, re.MULTILINE)
+    assert len(tests) == len(re.findall(r"^\.\. \[", text, re.MULTILINE)) > 10
+    for file, function in tests:
+        assert f"def {function}" in (ROOT / file).read_text(), file
+
+
 def test_every_verb_is_documented() -> None:
     """Each verb of ``amphora-image`` is in some document."""
     told = "".join(text for path, text in FILES.items() if path.suffix == ".rst")
