@@ -7,7 +7,6 @@ Python, with neither pip nor a compiler. ``docs/agent.rst`` tells of its sources
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import sys
@@ -20,7 +19,6 @@ from urllib.request import urlopen
 
 from uv import find_uv_bin
 
-from amphora_image import netns_unit, reproducible
 from amphora_image.agent_locks.check_imports import COMMANDS
 from amphora_image.errors import AmphoraImageError, BadValue
 from amphora_image.run import run
@@ -471,28 +469,3 @@ def _write_command(path: Path, python: str, text: str) -> None:
 def _installed(root: Path) -> list[Distribution]:
     sites = root.glob(f"{HOME.lstrip('/')}/lib/python3*/site-packages")
     return list(distributions(path=[str(site) for site in sites]))
-
-
-def main(argv: list[str]) -> int:
-    """``python -m amphora_image.agent install ROOT``: AMPHORA_AGENT_* and DIB's ARCH say what."""
-    if argv[:1] != ["install"] or len(argv) != 2:
-        print("usage: python -m amphora_image.agent install ROOT", file=sys.stderr)
-        return BadValue.exit_code
-    os.umask(0o022)  # keepalived may run its checks as a user other than root
-    environ, root = dict(os.environ), Path(argv[1])
-    try:
-        source = source_from(environ)
-        install(root, source, architecture=environ.get("ARCH", "amd64"), environ=environ)
-        netns_unit.shorten(root)
-        if epoch := environ.get(reproducible.VARIABLE):
-            # Before anything is compiled: byte code knows its source by the time.
-            reproducible.settle_times(root / HOME.lstrip("/"), int(epoch))
-    except AmphoraImageError as error:
-        hint = f"\nhint: {error.hint}" if error.hint else ""
-        print(f"error: {error}{hint}", file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

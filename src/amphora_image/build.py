@@ -18,12 +18,12 @@ from rich.console import Console
 
 from amphora_image import disk_writer, host, image_cache, image_files, manifest, sandbox
 from amphora_image.access import passwords, trust
+from amphora_image.cache import FRESH, USED
 from amphora_image.errors import AmphoraImageError, Interrupted
 from amphora_image.image_cache import Made
 from amphora_image.log import BuildLog, hint_for, that_matter
 from amphora_image.plan import Plan
 from amphora_image.request import GIB, ImageType, Request
-from amphora_image.rootfs_cache import FRESH
 from amphora_image.run import run
 from amphora_image.sandbox import Command
 from amphora_image.workspace import SIGNALS, Workspace, undisturbed, workspace
@@ -36,14 +36,8 @@ def build(request: Request, plan: Plan, console: Console) -> list[Path]:
     :raises Interrupted: a signal came; all is undone.
     :raises AmphoraImageError: the build failed; the message has the lines that matter.
     """
-    host.require(request)
-    request.cache_dir.mkdir(parents=True, exist_ok=True)
-    request.output.parent.mkdir(parents=True, exist_ok=True)
-    log_path = request.log_file or _default_log(request)
-    secrets = passwords({**os.environ, **plan.environment})
-    with signals_interrupt(), BuildLog(log_path, console, secrets) as log, workspace() as space:
-        _give_to_caller(log_path)
-        log.phase("preparation")
+    with _begun(request, plan, console) as (space, log):
+        request.output.parent.mkdir(parents=True, exist_ok=True)
         partial = _partial_outputs(request, space)
         key = image_cache.key_of(request, plan, os.environ)
         made = image_cache.take(key, partial) if key and not request.fresh else None
@@ -60,6 +54,45 @@ def build(request: Request, plan: Plan, console: Console) -> list[Path]:
         record = manifest.compose(request, plan, made.contents, log.seconds, files)
         text = json.dumps(record, indent=2) + "\n"
         return _publish(request, partial, made.digests, text, space)
+
+
+def fetch(request: Request, plan: Plan, console: Console) -> list[str]:
+    """Make the tree of a request and no image file: all that a build downloads is cached then.
+
+    :returns: what the cache has of it, paths from the cache directory on.
+    :raises HostError: this machine cannot build.
+    :raises Interrupted: a signal came; all is undone.
+    :raises AmphoraImageError: the build failed, or what it downloaded cannot be kept.
+    """
+    with _begun(request, plan, console) as (space, log):
+        _place_work(request, space, console)
+        *commands, _ = _commands(request, plan, space, {}, space.root / "contents.json")
+        _run_in_sandbox(space, commands, log)
+        used = _used_file(space)
+        entries = used.read_text().split() if used.exists() else []
+    if not any(entry.startswith("rootfs/") for entry in entries):
+        raise AmphoraImageError(
+            "the root file system cannot be kept: its archive does not tell its state",
+            hint="fetch with the element amphora-base, from an archive with InRelease files",
+        )
+    return list(dict.fromkeys(entries))
+
+
+@contextmanager
+def _begun(request: Request, plan: Plan, console: Console) -> Iterator[tuple[Workspace, BuildLog]]:
+    """Yield what any build works with, if this machine can build."""
+    host.require(request)
+    request.cache_dir.mkdir(parents=True, exist_ok=True)
+    log_path = request.log_file or default_log(request)
+    secrets = passwords({**os.environ, **plan.environment})
+    with signals_interrupt(), BuildLog(log_path, console, secrets) as log, workspace() as space:
+        give_to_caller(log_path)
+        log.phase("preparation")
+        yield space, log
+
+
+def _used_file(space: Workspace) -> Path:
+    return space.root / "used"
 
 
 def _make(
@@ -98,7 +131,8 @@ def signals_interrupt() -> Iterator[None]:
                 signal.signal(each, handler)
 
 
-def _default_log(request: Request) -> Path:
+def default_log(request: Request) -> Path:
+    """Make a log file in the cache directory, where 20 stay."""
     directory = request.cache_dir / "logs"
     directory.mkdir(parents=True, exist_ok=True)
     for old in sorted(directory.glob("*.log"), key=lambda path: path.stat().st_mtime)[:-19]:
@@ -180,6 +214,7 @@ def _build_environment(
     locks.mkdir(exist_ok=True)
     env |= {
         "AMPHORA_CONTENTS_FILE": str(contents),
+        USED: str(_used_file(space)),
         "DIB_LOCKFILES": str(space.safe(locks)),  # builds that share a cache share its locks
         "TMPDIR": work,
         "TMP_DIR": work,
@@ -231,7 +266,7 @@ def _publish(
             final = request.outputs[kind]
             _write_whole(Path(f"{final}.sha256"), f"{digests[kind]}  {final.name}\n", space)
             _write_whole(Path(f"{final}.json"), record, space)
-            _give_to_caller(path)
+            give_to_caller(path)
             path.replace(final)
     return list(request.outputs.values())
 
@@ -240,11 +275,11 @@ def _write_whole(path: Path, text: str, space: Workspace) -> None:
     part = path.with_name(f".{space.root.name}.{path.suffix[1:]}.part")
     space.owns(part)
     part.write_text(text)
-    _give_to_caller(part)
+    give_to_caller(part)
     part.replace(path)
 
 
-def _give_to_caller(path: Path) -> None:
+def give_to_caller(path: Path) -> None:
     """Let whoever called sudo own the file, and all read it that the umask lets."""
     if "SUDO_UID" in os.environ:
         os.chown(path, int(os.environ["SUDO_UID"]), int(os.environ.get("SUDO_GID", -1)))

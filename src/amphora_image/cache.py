@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What builds keep for each other: entries named by what they are made of, within a bound.
 
-The cache directory has a directory for each layer: ``rootfs`` (:mod:`.rootfs_cache`) and ``images``
-(:mod:`.image_cache`). An entry is a file or a directory that appears whole, and is read only under
-its name; the time of its last use is its modification time.
+The cache directory has a directory for each layer: ``rootfs`` (:mod:`.rootfs_cache`), ``agent``
+(:mod:`.agent_cache`) and ``images`` (:mod:`.image_cache`). An entry is a file or a directory that
+appears whole, and is read only under its name; the time of its last use is its modification time.
 """
 
 from __future__ import annotations
@@ -14,13 +14,23 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-LAYERS = ("rootfs", "images")
+from amphora_image.errors import AmphoraImageError
+from amphora_image.run import TAR_OPTIONS, pipe
+
+#: Layers of trees, which are all that a build takes from the network.
+TREES = ("rootfs", "agent")
+LAYERS = (*TREES, "images")
+
+#: Variables of a build. Set: nothing is taken from the cache.
+FRESH = "AMPHORA_FRESH"
+#: A file for the names of the trees that the build uses, a line each.
+USED = "AMPHORA_USED_FILE"
 
 #: Bytes that all entries together may have; the least recently used go first.
 LIMIT = 8 * 1024**3
@@ -90,6 +100,40 @@ def use(path: Path) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def note(entry: Path, environ: Mapping[str, str]) -> None:
+    """Tell a build, by its environment, that it uses an entry."""
+    if used := environ.get(USED):
+        with Path(used).open("a") as file:
+            file.write(f"{entry.parent.name}/{entry.name}\n")
+
+
+def pack(root: Path, file: Path, paths: Sequence[str] = (".",)) -> None:
+    """Write what is at some paths of a tree to a file.
+
+    :raises AmphoraImageError: it cannot be read or written.
+    """
+    pipe(
+        ["tar", "--create", *TAR_OPTIONS, "--directory", str(root), *paths],
+        ["zstd", "-1", "--threads=0", "--check", "--quiet", "-o", str(file)],
+    )
+
+
+def unpack(entry: Path, root: Path) -> None:
+    """Restore what an entry holds of a tree.
+
+    :raises AmphoraImageError: it does not unpack; it is removed.
+    """
+    try:
+        # zstd verifies the entry's checksum, tar its structure.
+        pipe(
+            ["zstd", "--decompress", "--stdout", "--quiet", str(entry)],
+            ["tar", "--extract", *TAR_OPTIONS, "--preserve-permissions", "--directory", str(root)],
+        )
+    except AmphoraImageError:
+        entry.unlink(missing_ok=True)
+        raise
 
 
 def entries(cache_dir: Path) -> list[Entry]:

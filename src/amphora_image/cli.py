@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from amphora_image import agent, cache, check, host, reproducible
+from amphora_image import agent, bundle, cache, check, host, reproducible
 from amphora_image.build import build, signals_interrupt
 from amphora_image.build_all import Line, SomeFailed, build_all, jobs_here, plan_builds, read_lines
 from amphora_image.errors import AmphoraImageError, BootFailed, CheckFailed, Interrupted
@@ -41,15 +41,16 @@ Variables of the environment and exit codes: docs/reference.rst
 
 
 def _build(args: argparse.Namespace) -> None:
-    request = read_request(args, os.environ, platform.machine())
-    plan = make_plan(request, host.look())
-    if args.dry_run:
-        print(json.dumps(plan.as_json(), indent=2) if args.json else plan.as_shell())
-        return
-    console = Console(stderr=True, quiet=args.quiet)
-    if request.root_password is not None:
-        console.print("[yellow]warning:[/yellow] -r sets a root password; not for production")
-    files = build(request, plan, console)
+    asked = read_request(args, os.environ, platform.machine())
+    with signals_interrupt(), bundle.opened(asked, host.look()) as (request, here):
+        plan = make_plan(request, here)
+        if args.dry_run:
+            print(json.dumps(plan.as_json(), indent=2) if args.json else plan.as_shell())
+            return
+        console = Console(stderr=True, quiet=args.quiet)
+        if request.root_password is not None:
+            console.print("[yellow]warning:[/yellow] -r sets a root password; not for production")
+        files = build(request, plan, console)
     if args.json:
         print(
             json.dumps({"files": list(map(str, files)), "manifests": [f"{f}.json" for f in files]})
@@ -58,8 +59,19 @@ def _build(args: argparse.Namespace) -> None:
         print(*files, sep="\n")
 
 
+def _fetch(args: argparse.Namespace) -> None:
+    request = read_request(args, os.environ, platform.machine())
+    target = file_path("-o (bundle)", args.output)
+    console = Console(stderr=True, quiet=args.quiet)
+    with signals_interrupt():
+        made = bundle.fetch(request, host.look(), target, console)
+    print(json.dumps({"files": [str(made)]}) if args.json else made)
+
+
 def _plan(args: argparse.Namespace) -> None:
-    plan = make_plan(read_request(args, os.environ, platform.machine()), host.look())
+    asked = read_request(args, os.environ, platform.machine())
+    with bundle.opened(asked, host.look()) as (request, here):
+        plan = make_plan(request, here)
     print(plan.as_shell() if args.shell else json.dumps(plan.as_json(), indent=2))
 
 
@@ -256,6 +268,9 @@ def _verbs() -> argparse.ArgumentParser:
         return added
 
     add_build_options(verb("build", _build, "Build an image; the same as diskimage-create.sh."))
+    fetched = verb("fetch", _fetch, "Put all that a build downloads into a file, for --bundle.")
+    add_build_options(fetched)
+    fetched.set_defaults(output="bundle.tar")
     several = verb("build-all", _build_all, "Build several images, side by side.")
     several.add_argument(
         "file", metavar="FILE", help="a line of build options for each image; '-': standard input"

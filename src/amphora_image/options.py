@@ -106,6 +106,7 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
     add("--keep-ca", action="store_true", help="let the image trust these CAs too")
     add("--fresh", action="store_true", help="take no image or root file system from the cache")
     add("--offline", action="store_true", help="use what is cached only")
+    add("--bundle", metavar="FILE", help="use what amphora-image fetch has put there only")
     add("--json", action="store_true", help="the result as JSON on standard output")
     add("--quiet", action="store_true", help="no progress")
     add("--dry-run", action="store_true", help="print the disk-image-create command and stop")
@@ -253,7 +254,8 @@ def read_request(args: argparse.Namespace, env: Mapping[str, str], machine: str)
         sshd=use_sshd and not args.no_sshd,
         fips=args.fips,
         trace=args.trace,
-        offline=args.offline or bool(env.get("DIB_OFFLINE")),
+        offline=args.offline or bool(args.bundle or env.get("DIB_OFFLINE")),
+        bundle=_existing(vars(args), "bundle"),
         fresh=args.fresh,
         access=access,
         environment=read_environment(env),

@@ -219,6 +219,7 @@ class Request:
     :ivar output: absolute path without the type's suffix.
     :ivar qemu_img_options: of a qcow2, as of ``qemu-img create -o``.
     :ivar vhd_subformat: of a VHD.
+    :ivar bundle: file that stands in for the network; then ``offline`` is set.
     :ivar root_password: clear text; never shown.
     """
 
@@ -244,6 +245,7 @@ class Request:
     fips: bool = False
     trace: bool = False
     offline: bool = False
+    bundle: Path | None = None
     fresh: bool = False
     access: Access = field(default_factory=Access)
     environment: Environment = field(default_factory=Environment)

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from amphora_image import archives
-from amphora_image.cache import digest, locked, new_entry, use
+from amphora_image.cache import FRESH, digest, locked, new_entry, note, pack, unpack, use
 from amphora_image.errors import AmphoraImageError
-from amphora_image.run import TAR_OPTIONS, pipe, run
+from amphora_image.run import run
 
 #: Variables that decide what the tree holds.
 VARIABLES = (
@@ -28,9 +28,6 @@ VARIABLES = (
     *("AMPHORA_APT_COMPONENTS", "AMPHORA_APT_SOURCES", "AMPHORA_KERNEL_PACKAGE"),
     "SOURCE_DATE_EPOCH",
 )
-
-#: Set: nothing is taken from the cache.
-FRESH = "AMPHORA_FRESH"
 
 
 @dataclass(frozen=True)
@@ -91,66 +88,56 @@ def find(inputs: Inputs, *, offline: bool) -> Path | None:
     return inputs.entry(state) if state else None
 
 
-def restore(entry: Path, root: Path) -> None:
-    """Unpack an entry into an empty directory.
+def store(inputs: Inputs, root: Path) -> Path | None:
+    """Keep a root file system, by the state of the archives that its own apt has verified.
 
-    :raises AmphoraImageError: it does not unpack; it is removed.
+    :returns: the entry; None if there is no state.
     """
-    try:
-        # zstd verifies the entry's checksum, tar its structure.
-        pipe(
-            ["zstd", "--decompress", "--stdout", "--quiet", str(entry)],
-            ["tar", "--extract", *TAR_OPTIONS, "--preserve-permissions", "--directory", str(root)],
-        )
-    except AmphoraImageError:
-        entry.unlink(missing_ok=True)
-        raise
-
-
-def store(inputs: Inputs, root: Path) -> None:
-    """Keep a root file system, by the state of the archives that its own apt has verified."""
     state = archives.state(archives.recorded(root))
     if not state:
-        return
+        return None
     if not inputs.sources:
         remembered = inputs.directory / "sources" / inputs.system
         remembered.parent.mkdir(parents=True, exist_ok=True)
         remembered.write_text(archives.own_sources(root))
-    with new_entry(inputs.entry(state)) as part:
-        pipe(
-            ["tar", "--create", *TAR_OPTIONS, "--directory", str(root), "."],
-            ["zstd", "-1", "--threads=0", "--check", "--quiet", "-o", str(part)],
-        )
+    entry = inputs.entry(state)
+    with new_entry(entry) as part:
+        pack(root, part)
+    return entry
 
 
-def provide(inputs: Inputs, root: Path, make: Sequence[str], *, offline: bool, fresh: bool) -> None:
+def provide(
+    inputs: Inputs, root: Path, make: Sequence[str], *, offline: bool, fresh: bool
+) -> Path | None:
     """Fill an empty directory from the cache, or by a program whose tree is kept then.
 
     Of several builds that want the same tree at once one makes it, and the others wait for it.
 
+    :returns: the entry; None if the tree cannot be kept.
     :raises AmphoraImageError: it is not cached and cannot be made.
     """
 
-    def restored() -> bool:
+    def restored() -> Path | None:
         entry = None if fresh else find(inputs, offline=offline)
-        if found := bool(entry and use(entry)):
-            restore(entry, root)  # type: ignore[arg-type]
-        return found
+        if not entry or not use(entry):
+            return None
+        unpack(entry, root)
+        return entry
 
-    if restored():
-        return
+    if entry := restored():
+        return entry
     if offline:
         raise AmphoraImageError(
             "offline, and no root file system is cached for these inputs",
             hint="run the same command once without --offline",
         )
     with locked(inputs.directory / "rootfs", inputs.digest):
-        if restored():
-            return
+        if entry := restored():
+            return entry
         made = subprocess.run(make, check=False)
         if made.returncode:
             raise AmphoraImageError(f"{make[0]} ended with {made.returncode}")
-        store(inputs, root)
+        return store(inputs, root)
 
 
 def main() -> int:
@@ -168,7 +155,7 @@ def main() -> int:
     versions = run(["mmdebstrap", "--version"])
     inputs = inputs_of(env, sys.stdin.read().split(), versions, [*args.file, *keyring])
     try:
-        provide(
+        entry = provide(
             inputs,
             args.root,
             args.make,
@@ -178,6 +165,8 @@ def main() -> int:
     except AmphoraImageError as error:
         print(f"root file system: {error}", file=sys.stderr)
         return 1
+    if entry:
+        note(entry, env)
     return 0
 
 

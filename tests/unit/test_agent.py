@@ -251,18 +251,3 @@ def test_constraints_are_for_one_series() -> None:
     """The constraints of one series are not applied to another."""
     with pytest.raises(BadValue, match="belong to one series"):
         agent.refresh_locks({}, ["2026.2", "2026.1"], constraints="upper.txt")
-
-
-def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    """A wrong call of the module is told what is right."""
-    assert agent.main(["remove", "/"]) == 3
-    assert "install ROOT" in capsys.readouterr().err
-
-
-def test_main_tells_errors_without_traceback(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A failure is a message, a hint and an exit code."""
-    monkeypatch.setenv("AMPHORA_AGENT_SOURCE", "locked")
-    assert agent.main(["install", str(tmp_path)]) == 1
-    assert re.match(r"error: no Python.*\nhint: install python3", capsys.readouterr().err)

@@ -346,14 +346,14 @@ def test_twenty_logs_are_kept(wish: Callable[..., Request], tmp_path: Path) -> N
     for number in range(30):
         (logs / f"{number}.log").touch()
         os.utime(logs / f"{number}.log", (number, number))
-    new = build._default_log(wish())
+    new = build.default_log(wish())
     kept = {path.name for path in logs.iterdir()}
     assert kept == {new.name, *(f"{number}.log" for number in range(11, 30))}
 
 
 def test_log_of_a_long_name(wish: Callable[..., Request]) -> None:
     """A name that just fits a file system has a log all the same."""
-    assert build._default_log(wish(output=Path("/x") / ("n" * 240))).exists()
+    assert build.default_log(wish(output=Path("/x") / ("n" * 240))).exists()
 
 
 def test_image_of_other_elements(

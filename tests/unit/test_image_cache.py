@@ -142,6 +142,7 @@ def test_every_field_of_a_request_is_thought_of(a_request: Callable[..., Request
     counted = {name for change in REQUESTS.values() for name in change}
     never_known = {name for change in UNKNOWABLE.values() for name in change}
     no_matter = {"output", "working_dir", "log_file", "on_disk", "cache_dir", "fresh"}
+    no_matter |= {"bundle"}  # it sets offline
     only_one = {"backend"}
     assert set(vars(a_request())) == (
         (counted | never_known) - {"environ", "state", "archive"} | no_matter | only_one

@@ -110,7 +110,7 @@ def place(here: Path, ca_certificate: bytes) -> Path:
     """A current directory with all that the table's lines name."""
     for name in ("elements", "more elements", "diskimage-builder", "tripleo-image-elements"):
         (here / name).mkdir()
-    for name in ("guest.qcow2", "keys.gpg"):
+    for name in ("guest.qcow2", "keys.gpg", "bundle.tar"):
         (here / name).touch()
     (here / "ca.pem").write_bytes(ca_certificate)
     return here

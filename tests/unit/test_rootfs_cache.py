@@ -116,7 +116,7 @@ class Workshop:
 def shop(monkeypatch: pytest.MonkeyPatch) -> Workshop:
     """Everything pretended; a tree that is made comes from the archives' state of that moment."""
     made = Workshop()
-    monkeypatch.setattr(rootfs_cache, "pipe", made.pipe)
+    monkeypatch.setattr(cache, "pipe", made.pipe)
     monkeypatch.setattr(rootfs_cache.archives, "ask", made.ask)
     monkeypatch.setattr(
         rootfs_cache.archives,
@@ -202,7 +202,7 @@ def test_a_broken_entry_goes(shop: Workshop, script: Path, monkeypatch: pytest.M
     def broken(*_: object) -> None:
         raise AmphoraImageError("zstd ended with 1")
 
-    monkeypatch.setattr(rootfs_cache, "pipe", broken)
+    monkeypatch.setattr(cache, "pipe", broken)
     with pytest.raises(AmphoraImageError, match="zstd ended with 1"):
         provided(inputs(script))
     assert cache.entries(script.parent) == []

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Content key -> the agent's environment: what the same requirements gave an image's Python once.
+
+A lock names each package by its hash, so its environment is taken whenever lock, Python,
+architecture, uv and our own code are the same. What Git and an index hold can change: an agent from
+there is kept for builds that are offline.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+from amphora_image import agent, cache, netns_unit, reproducible
+from amphora_image.agent_locks.check_imports import COMMANDS
+from amphora_image.errors import AmphoraImageError, BadValue
+
+#: What decides the environment beside the source and the image's Python.
+OWN_FILES = (Path(agent.__file__), *sorted(agent.LOCKS.glob("*.*")))
+
+
+def entry_of(root: Path, environ: Mapping[str, str]) -> Path:
+    """Return the path of the entry for an image's tree.
+
+    :param environ: of diskimage-builder's phases: the source is in AMPHORA_AGENT_*.
+    :raises AmphoraImageError: the tree has no Python.
+    """
+    source = {name: text for name, text in environ.items() if name.startswith("AMPHORA_AGENT_")}
+    name = cache.digest(
+        *(source, environ["ARCH"], agent.python_version(root), metadata.version("uv")),
+        *OWN_FILES,
+    )
+    return Path(environ["DIB_IMAGE_CACHE"]) / "agent" / f"{environ['ARCH']}-{name}.tar.zst"
+
+
+def provide(root: Path, environ: Mapping[str, str]) -> None:
+    """Give a tree its agent: from the cache, or by an installation that is kept.
+
+    :raises AmphoraImageError: as :func:`agent.install`.
+    """
+    source = agent.source_from(environ)
+
+    def install() -> None:
+        agent.install(root, source, architecture=environ["ARCH"], environ=environ)
+
+    if isinstance(source, agent.Packaged):
+        install()  # a file of ours; the packages are in the root file system
+        return
+    entry = entry_of(root, environ)
+    fixed = isinstance(source, agent.Locked) or bool(environ.get("DIB_OFFLINE"))
+    if fixed and not environ.get(cache.FRESH) and cache.use(entry):
+        cache.unpack(entry, root)
+    else:
+        install()
+        links = [f"usr/bin/{name}" for name in COMMANDS if (root / "usr/bin" / name).is_symlink()]
+        with cache.new_entry(entry) as part:
+            cache.pack(root, part, [agent.HOME.lstrip("/"), *links])
+    cache.note(entry, environ)
+
+
+def main(argv: list[str]) -> int:
+    """``python -m amphora_image.agent_cache ROOT``, for an element's extra-data.d script.
+
+    The source is in AMPHORA_AGENT_*, the architecture in diskimage-builder's ARCH.
+    """
+    if len(argv) != 1:
+        print("usage: python -m amphora_image.agent_cache ROOT", file=sys.stderr)
+        return BadValue.exit_code
+    os.umask(0o022)  # keepalived may run its checks as a user other than root
+    try:
+        root, environ = Path(argv[0]), os.environ
+        provide(root, environ)
+        netns_unit.shorten(root)
+        if epoch := environ.get(reproducible.VARIABLE):
+            # Before anything is compiled: byte code knows its source by the time.
+            reproducible.settle_times(root / agent.HOME.lstrip("/"), int(epoch))
+    except AmphoraImageError as error:
+        hint = f"\nhint: {error.hint}" if error.hint else ""
+        print(f"error: {error}{hint}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
