@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fake_image import asked, convert, make_raw, manifest, nodes
 from tiny import Elements, Scene, make_elements
 from ubuntu_archive import Archive, make_archive
 
@@ -59,3 +60,28 @@ def ubuntu_archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
     directory = tmp_path_factory.mktemp("archive")
     cache = os.environ.get("AMPHORA_TEST_CACHE")
     return make_archive(directory, Path(cache) if cache else directory / "cache")
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A raw disk that breaks no rule, its manifest beside it."""
+    raw = make_raw(nodes(), tmp_path_factory.mktemp("good") / "amphora.raw")
+    Path(f"{raw}.json").write_text(manifest(asked()))
+    return raw
+
+
+@pytest.fixture(scope="module")
+def qcow2(good: Path) -> Path:
+    """The good disk as qcow2."""
+    return convert(good, good.with_suffix(".qcow2"), "qcow2")
+
+
+@pytest.fixture
+def nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing is left of an image that was looked at, good or bad."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    yield
+    assert list(scratch.iterdir()) == []

@@ -8,6 +8,7 @@ import os
 import stat
 import struct
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -439,3 +440,27 @@ BREAKS: list[tuple[str, str, Break]] = [
     ("setuid", "/usr/bin/bash has the mode 4755", _put("usr/bin/bash", file(ELF, 0o4755))),
     ("setuid", "/opt/su", _put("opt/su", file(ELF, 0o2755))),
 ]
+
+
+COMMAND = "import sys; from amphora_image.cli import main; sys.exit(main())"
+
+
+def run(verb: str, *argv: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a verb of the command in the directory of its image."""
+    words = [sys.executable, "-c", COMMAND, verb, *map(str, argv)]
+    env = {**os.environ, "COLUMNS": "200", **environment}
+    return subprocess.run(words, capture_output=True, text=True, env=env, timeout=120)
+
+
+def convert(raw: Path, target: Path, kind: str) -> Path:
+    """Convert a raw disk."""
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", kind, raw, target], check=True)
+    Path(f"{target}.json").write_text(manifest(asked()))
+    return target
+
+
+def write_at(raw: Path, offset: int, data: bytes) -> None:
+    """Overwrite bytes of a file."""
+    with raw.open("r+b") as opened:
+        opened.seek(offset)
+        opened.write(data)
