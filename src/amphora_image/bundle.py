@@ -8,7 +8,6 @@ Nobody signs a bundle: who makes the image of it trusts whoever made it, and the
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import re
@@ -162,8 +161,7 @@ def _copy(content: IO[bytes], target: Path) -> str:
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("xb") as file:
         shutil.copyfileobj(content, file)
-    with target.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(target)
 
 
 @contextmanager

@@ -23,7 +23,6 @@ from amphora_image.partitions import (
     lay,
     sfdisk_script,
 )
-from amphora_image.reproducible import identifier
 from amphora_image.request import Architecture, VhdSubformat
 from amphora_image.run import run
 
@@ -90,7 +89,9 @@ class Source:
 
     def identify(self, what: str) -> str:
         """Return the UUID of a part of the disk."""
-        return str(uuid.uuid4()) if self.epoch is None else identifier(self.epoch, what)
+        if self.epoch is None:
+            return str(uuid.uuid4())
+        return reproducible.identifier(self.epoch, what)
 
 
 def write_disk(source: Source) -> None:

@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -67,7 +68,8 @@ def write_oci_image(source: Source, file: Path) -> None:
     with tempfile.TemporaryDirectory(dir=source.work) as scratch:
         tar = Path(scratch, "root.tar")
         write_tar(source, tar)
-        created = datetime.now(UTC) if source.epoch is None else _time(source.epoch)
+        epoch = time.time() if source.epoch is None else source.epoch
+        created = datetime.fromtimestamp(epoch, UTC)
         write_oci(tar, file, name=source.name, architecture=source.architecture, created=created)
 
 
@@ -76,10 +78,6 @@ def write_squashfs(source: Source, file: Path) -> None:
     excluded = ["-wildcards", "-e", *MOUNT_POINTS]
     options = ["-quiet", "-no-progress", "-noappend", "-comp", "zstd"]
     run(["mksquashfs", source.tree, file, *options, *excluded], env=source.environment)
-
-
-def _time(epoch: int) -> datetime:
-    return datetime.fromtimestamp(epoch, UTC)
 
 
 WRITERS: Mapping[ImageType, Callable[[Source, Path], None]] = {

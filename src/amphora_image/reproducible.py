@@ -24,9 +24,6 @@ VARIABLE = "SOURCE_DATE_EPOCH"
 #: Of the identifiers that are derived (RFC 9562, 5.5).
 NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "amphora-image.invalid")
 
-#: Bytes of a file that are read at once.
-CHUNK = 2**20
-
 
 def identifier(epoch: int, what: str) -> str:
     """Return the UUID of a disk, partition or file system of a build."""
@@ -97,17 +94,13 @@ def _members(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
         for member in archive:
             content = member.linkname
             if file := archive.extractfile(member) if member.isfile() else None:
-                digest = hashlib.sha256()
-                while chunk := file.read(CHUNK):
-                    digest.update(chunk)
-                content = digest.hexdigest()
-            owner = f"{member.uid}:{member.gid}"
+                content = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
             yield (
                 member.name,
                 {
                     "type": member.type.decode(),
                     "mode": f"{member.mode:o}",
-                    "owner": owner,
+                    "owner": f"{member.uid}:{member.gid}",
                     "time": int(member.mtime),
                     "content": content,
                 },
