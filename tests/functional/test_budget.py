@@ -34,12 +34,33 @@ def seconds(debian_image: Path, debian_cache: Path) -> dict[str, float]:
     return found
 
 
-def rebuild(cache: Path, directory: Path, **environment: str) -> float:
-    """Build the image once more, elsewhere; return the seconds."""
+def build(cache: Path, directory: Path, **environment: str) -> tuple[float, list[dict[str, str]]]:
+    """Build the image once more, elsewhere; return the seconds, and the state of the archives."""
     start = time.monotonic()
     command = [COMMAND, *OPTIONS, "-c", cache]
     subprocess.run(command, cwd=directory, env={**os.environ, **environment}, check=True)
-    return time.monotonic() - start
+    took = time.monotonic() - start
+    return took, archives_of(directory / "amphora-x64-haproxy.qcow2")
+
+
+def archives_of(image: Path) -> list[dict[str, str]]:
+    """The state of the archives that an image came from."""
+    found: list[dict[str, str]] = json.loads(Path(f"{image}.json").read_text())["archives"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def again(
+    debian_image: Path, debian_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> float:
+    """Seconds of a build of which nothing has changed, the archives neither."""
+    directory = tmp_path_factory.mktemp("again")
+    known = archives_of(debian_image)
+    while True:
+        took, found = build(debian_cache, directory)
+        if found == known:
+            return took
+        known = found  # something was published in between
 
 
 def test_bytes(debian_image: Path) -> None:
@@ -59,12 +80,12 @@ def test_packages_take_most_of_a_cold_build(seconds: dict[str, float]) -> None:
     assert LIMITS.excesses({"rest": rest(phases)}) == []
 
 
-def test_nothing_changed(seconds: dict[str, float], debian_cache: Path, tmp_path: Path) -> None:
+def test_nothing_changed(seconds: dict[str, float], again: float) -> None:
     """A build of the same image again takes next to no time."""
-    share = rebuild(debian_cache, tmp_path) / sum(seconds.values())
-    assert LIMITS.excesses({"warm": share}) == []
+    assert LIMITS.excesses({"warm": again / sum(seconds.values())}) == []
 
 
+@pytest.mark.usefixtures("again")  # the cache then has what the archives hold now
 def test_last_element_changed(
     seconds: dict[str, float], debian_cache: Path, tmp_path: Path
 ) -> None:
@@ -73,5 +94,5 @@ def test_last_element_changed(
     shutil.copytree(ELEMENTS / "amphora-trim", element)
     script = max(element.glob("*.d/*"))
     script.write_text(script.read_text() + "# Changed.\n")
-    took = rebuild(debian_cache, tmp_path, DIB_LOCAL_ELEMENTS_PATH=str(element.parent))
+    took, _ = build(debian_cache, tmp_path, DIB_LOCAL_ELEMENTS_PATH=str(element.parent))
     assert LIMITS.excesses({"element": took / sum(seconds.values())}) == []

@@ -267,15 +267,15 @@ def test_checksum_and_manifest(debian_image: Path) -> None:
 
 def test_same_build_again(debian_image: Path, debian_cache: Path, tmp_path: Path) -> None:
     """With nothing changed a build is a copy of the image from the cache, with its own manifest."""
-    sums = []
-    for name in ("one", "two"):  # the first is one of the kind, if the image was built before
+    sums, manifests = [], []
+    for name in ("one", "two"):  # the first is one of the kind, if the archive has changed
         command = [COMMAND, *OPTIONS, "-c", debian_cache, "-o", tmp_path / name]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
         sums.append((tmp_path / f"{name}.qcow2.sha256").read_text().split()[0])
-        again = json.loads((tmp_path / f"{name}.qcow2.json").read_text())
+        manifests.append(json.loads((tmp_path / f"{name}.qcow2.json").read_text()))
+    first, again = manifests
     assert "nothing has changed since the same image was built" in said
     assert sums[0] == sums[1] == hashlib.sha256((tmp_path / "two.qcow2").read_bytes()).hexdigest()
-    first = json.loads(Path(f"{debian_image}.json").read_text())
     assert again["packages"] == first["packages"]
     assert again["files"].keys() == {"two.qcow2", "two.tar"}
     assert again["request"]["output"] == str(tmp_path / "two")
