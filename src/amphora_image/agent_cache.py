@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-from amphora_image import agent, cache, netns_unit, reproducible
+from amphora_image import agent, cache, netns_unit
 from amphora_image.agent_locks.check_imports import COMMANDS
 from amphora_image.errors import AmphoraImageError, BadValue
 
@@ -74,9 +74,6 @@ def main(argv: list[str]) -> int:
         root, environ = Path(argv[0]), os.environ
         provide(root, environ)
         netns_unit.shorten(root)
-        if epoch := environ.get(reproducible.VARIABLE):
-            # Before anything is compiled: byte code knows its source by the time.
-            reproducible.settle_times(root / agent.HOME.lstrip("/"), int(epoch))
     except AmphoraImageError as error:
         hint = f"\nhint: {error.hint}" if error.hint else ""
         print(f"error: {error}{hint}", file=sys.stderr)

@@ -34,11 +34,13 @@ class Line:
     :ivar number: of the line, from 1.
     :ivar variables: laid over the caller's environment.
     :ivar options: of ``amphora-image build``.
+    :ivar wrapper: words before the command, none in a file: a program that becomes the command.
     """
 
     number: int
     variables: Mapping[str, str]
     options: Sequence[str]
+    wrapper: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,11 @@ class Runner:
             if self.stopped:
                 return 130, 0.0, []
             process = subprocess.Popen(
-                # If we are killed, it ends in order.
-                ["setpriv", "--pdeathsig", "TERM", "--", *COMMAND, "--json", *build.line.options],
+                [
+                    # If we are killed, it ends in order.
+                    *("setpriv", "--pdeathsig", "TERM", "--"),
+                    *(*build.line.wrapper, *COMMAND, "--json", *build.line.options),
+                ],
                 env={**os.environ, **build.line.variables},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,

@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from amphora_image import agent, bundle, cache, check, host, reproducible
+from amphora_image import agent, bundle, cache, check, host
 from amphora_image.build import build, signals_interrupt
 from amphora_image.build_all import Line, SomeFailed, build_all, jobs_here, plan_builds, read_lines
 from amphora_image.errors import AmphoraImageError, BootFailed, CheckFailed, Interrupted
@@ -160,19 +159,18 @@ def _findings(image: Path) -> list[check.Finding]:
 
 
 def _verify_reproducible(args: argparse.Namespace) -> None:
-    epoch = os.environ.setdefault(reproducible.VARIABLE, str(int(time.time())))
     request = read_request(args, os.environ, platform.machine())
-    plan = make_plan(request, host.look())
-    console = Console(stderr=True, quiet=args.quiet)
-    found = verify(request, lambda each: build(each, plan, console))
-    if args.json:
-        print(json.dumps({"source_date_epoch": int(epoch), **found.as_json()}, indent=2))
-    else:
-        Console(highlight=False).print(found.as_table(f"{reproducible.VARIABLE}={epoch}"))
-    if found.differing:
-        raise CheckFailed(
-            f"{', '.join(found.differing)} differ; {len(found.rows)} differences in the tree"
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    with signals_interrupt():
+        found = verify(
+            request, args.words[1:], lambda name, said: console.print(Text(f"{name}: {said}"))
         )
+    if args.json:
+        print(json.dumps(found.as_json(), indent=2))
+    else:
+        Console(highlight=False).print(found.as_table())
+    if found.differing:
+        raise CheckFailed(f"{', '.join(found.differing)} differ between two builds of one request")
 
 
 def _boot(args: argparse.Namespace) -> None:
@@ -251,7 +249,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``amphora-image VERB``; return the exit code."""
 
     def work() -> None:
-        args = _verbs().parse_args(argv)
+        words = sys.argv[1:] if argv is None else argv
+        args = _verbs().parse_args(words)
+        args.words = words
         args.work(args)
 
     return _guarded(work)

@@ -142,9 +142,11 @@ def write_esp(source: Source, extent: Extent) -> None:
     # The label has a time; mkfs.fat knows no SOURCE_DATE_EPOCH.
     fixed = [] if source.epoch is None else ["--invariant"]
     run(["mkfs.fat", *sizes, *fixed, *serial, "-n", "ESP", *place, source.disk, kibibytes])
-    files = sorted(source.esp.iterdir())
     image = f"{source.disk}@@{extent.start}"
-    run(["mcopy", "-s", "-m", "-i", image, *files, "::"], env=source.environment)
+    # One by one: mcopy(1) takes a directory's files in the order that the host has them.
+    for path in sorted(source.esp.rglob("*")):
+        make = ["mmd", "-i", image] if path.is_dir() else ["mcopy", "-m", "-i", image, path]
+        run([*make, f"::/{path.relative_to(source.esp)}"], env=source.environment)
 
 
 #: A partition's type -> what writes its content.

@@ -29,7 +29,7 @@ from amphora_image.run import run
 PACKAGE = Path(__file__).parent
 
 #: How the names of variables begin that may decide what an image holds, in elements or tools.
-PREFIXES = ("AMPHORA_", "DIB_", "OCTAVIA_", "PIP_", "UV_", "SOURCE_DATE_EPOCH")
+PREFIXES = ("AMPHORA_", "DIB_", "OCTAVIA_", "PIP_", "UV_")
 
 #: Programs whose version may decide it. They are known by their files, which is quick.
 TOOLS = ("mmdebstrap", "mkfs.ext4", "qemu-img", "sfdisk", "tar")

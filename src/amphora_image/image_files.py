@@ -16,7 +16,7 @@ from pathlib import Path
 from amphora_image.disk_writer import Source, write_disk
 from amphora_image.errors import AmphoraImageError
 from amphora_image.oci import write_oci
-from amphora_image.reproducible import settle_tree
+from amphora_image.reproducible import settle_times, settle_vhd
 from amphora_image.request import Architecture, ImageType, VhdSubformat
 from amphora_image.run import TAR_OPTIONS, run
 
@@ -45,6 +45,8 @@ def write_raw(source: Source, file: Path) -> None:
 def write_vhd(source: Source, file: Path) -> None:
     """Write a VHD of exactly the disk's size."""
     _convert(source, file, "-O", "vpc", "-o", f"subformat={source.vhd_subformat},force_size=on")
+    if source.epoch is not None:
+        settle_vhd(file, source.epoch)
 
 
 def _convert(source: Source, file: Path, *options: str) -> None:
@@ -98,7 +100,7 @@ def write_files(source: Source, files: Mapping[ImageType, Path]) -> None:
     set_esp_aside(source)
     if source.epoch is not None:
         for tree in filter(Path.exists, (source.tree, source.esp)):
-            settle_tree(tree, source.epoch)
+            settle_times(tree, source.epoch)
     if source.tree.exists() and not DISK_TYPES.isdisjoint(files):
         print("phase: disk", flush=True)
         write_disk(source)

@@ -163,8 +163,9 @@ def read_environment(env: Mapping[str, str]) -> Environment:
     )
 
 
-#: Times that every file system of an image can hold: FAT's are from 1980 to 2107.
-EPOCHS = (315_532_800, 4_354_819_199)
+#: Times that every file of an image can hold: FAT's begin in 1980, and those that mke2fs before
+#: 1.47.1 writes end in 2038.
+EPOCHS = (315_532_800, 2**31 - 1)
 
 
 def _epoch(env: Mapping[str, str]) -> int | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amphora_image import agent
+from amphora_image import agent, reproducible
 from amphora_image.access import redacted
 from amphora_image.errors import BadValue
 from amphora_image.host import Host
@@ -225,6 +225,8 @@ def _environment(request: Request, host: Host) -> dict[str, str]:
     if request.debian_family:
         variables["AMPHORA_APT_COMPONENTS"] = distribution.components
         variables["AMPHORA_APT_SOURCES"] = "\n".join(apt_sources(request, host))
+    if env.source_date_epoch is not None:
+        variables[reproducible.VARIABLE] = str(env.source_date_epoch)
     return variables
 
 

@@ -2,27 +2,30 @@
 """The same bytes each time: what a build does when SOURCE_DATE_EPOCH is set.
 
 By that variable (reproducible-builds.org, "SOURCE_DATE_EPOCH specification") a build is told its
-time, in seconds since 1970. No file of the image is then newer, names that are chosen at random are
-derived from it, and files are written in the order of their names.
+time, in seconds since 1970. All that is in the image has that time, and names that are chosen at
+random are derived from it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
-import tarfile
+import struct
 import uuid
-from collections.abc import Iterator
+from importlib.util import source_from_cache
 from pathlib import Path
 
 from amphora_image.errors import AmphoraImageError
-from amphora_image.run import TAR_OPTIONS, pipe, run
+from amphora_image.run import run
 
 VARIABLE = "SOURCE_DATE_EPOCH"
 
 #: Of the identifiers that are derived (RFC 9562, 5.5).
 NAMESPACE = uuid.uuid5(uuid.NAMESPACE_DNS, "amphora-image.invalid")
+
+#: Bytes of a VHD's footer, and 2000-01-01, from which it counts (Virtual Hard Disk Image Format
+#: Specification, "Hard Disk Footer Format").
+VHD_FOOTER, VHD_START = 512, 946_684_800
+VHD_DYNAMIC = 3
 
 
 def identifier(epoch: int, what: str) -> str:
@@ -37,26 +40,30 @@ def environment(epoch: int) -> dict[str, str]:
     return {**os.environ, **told}
 
 
-def settle_times(directory: Path, epoch: int) -> None:
-    """Give all that is in a directory the time of the build."""
-    for path in (directory, *directory.rglob("*")):
+def settle_times(tree: Path, epoch: int) -> None:
+    """Give all that is in a tree the time of the build.
+
+    Older times too: they tell when this host checked our elements out, or unpacked a package.
+    """
+    paths = (tree, *tree.rglob("*"))
+    for path in paths:
+        if path.suffix == ".pyc" and not path.is_symlink():
+            _settle_byte_code(path, epoch)
+    for path in paths:
         os.utime(path, (epoch, epoch), follow_symlinks=False)
 
 
-def settle_tree(tree: Path, epoch: int) -> None:
-    """Make a tree anew: in the order of names, which tmpfs keeps, and with no time after the epoch.
-
-    :raises AmphoraImageError: it cannot be copied.
-    """
-    settled = tree.with_name(f"{tree.name}-settled")
-    settled.mkdir()
-    order = ("--sort=name", f"--mtime=@{epoch}", "--clamp-mtime")
-    pipe(
-        ["tar", "--create", *order, *TAR_OPTIONS, "--directory", str(tree), "."],
-        ["tar", "--extract", *TAR_OPTIONS, "--preserve-permissions", "--directory", str(settled)],
-    )
-    shutil.rmtree(tree)
-    settled.rename(tree)
+def _settle_byte_code(path: Path, epoch: int) -> None:
+    """Let byte code that knows its source by time and size (PEP 552) know it by the new time."""
+    try:
+        source = Path(source_from_cache(path)).lstat()
+    except (ValueError, OSError):  # not in a __pycache__, or without its source
+        return
+    known = (number % 2**32 for number in (0, int(source.st_mtime), source.st_size))
+    with path.open("r+b") as file:
+        if file.read(16)[4:] == struct.pack("<III", *known):
+            file.seek(8)
+            file.write(struct.pack("<I", epoch))
 
 
 def settle_inodes(disk: Path, offset: int, tree: Path, epoch: int) -> None:
@@ -72,36 +79,23 @@ def settle_inodes(disk: Path, offset: int, tree: Path, epoch: int) -> None:
         raise AmphoraImageError(f"{strange!r} has a line break in its name")
     quoted = ('"/{}"'.format(name.replace('"', '""')) for name in names)
     lines = (f"sif {name} {time} @{epoch}\n" for name in quoted for time in ("atime", "ctime"))
-    script.write_text("".join(lines))
+    script.write_bytes(os.fsencode("".join(lines)))
     run(["debugfs", "-w", "-f", script, f"{disk}?offset={offset}"], env=environment(epoch))
     script.unlink()
 
 
-def differences(first: Path, second: Path) -> Iterator[tuple[str, str]]:
-    """Yield how two tars of a root file system differ: path and what of it, in order."""
-    left, right = (dict(_members(path)) for path in (first, second))
-    for name in sorted(left.keys() | right.keys()):
-        if name not in left or name not in right:
-            yield name, f"only in the {'second' if name in right else 'first'}"
-            continue
-        for key, value in left[name].items():
-            if value != right[name][key]:
-                yield name, f"{key}: {value} and {right[name][key]}"
-
-
-def _members(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
-    with tarfile.open(path) as archive:
-        for member in archive:
-            content = member.linkname
-            if file := archive.extractfile(member) if member.isfile() else None:
-                content = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
-            yield (
-                member.name,
-                {
-                    "type": member.type.decode(),
-                    "mode": f"{member.mode:o}",
-                    "owner": f"{member.uid}:{member.gid}",
-                    "time": int(member.mtime),
-                    "content": content,
-                },
-            )
+def settle_vhd(file: Path, epoch: int) -> None:
+    """Give a VHD the time and the identifier of the build, which QEMU takes from the host."""
+    with file.open("r+b") as disk:
+        disk.seek(-VHD_FOOTER, os.SEEK_END)
+        footer = bytearray(disk.read(VHD_FOOTER))
+        struct.pack_into(">I", footer, 24, max(0, epoch - VHD_START))
+        footer[68:84] = uuid.UUID(identifier(epoch, "vhd")).bytes
+        footer[64:68] = bytes(4)
+        struct.pack_into(">I", footer, 64, ~sum(footer) & 0xFFFFFFFF)
+        disk.seek(-VHD_FOOTER, os.SEEK_END)
+        disk.write(footer)
+        (kind,) = struct.unpack_from(">I", footer, 60)
+        if kind == VHD_DYNAMIC:  # has a copy at its beginning
+            disk.seek(0)
+            disk.write(footer)

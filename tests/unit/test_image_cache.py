@@ -108,7 +108,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "index": {"access": Access(index="https://mirror.example.org/simple")},
     "variable of DIB": {"environ": {"DIB_SOMETHING": "1"}},
     "variable of uv": {"environ": {"UV_DEFAULT_INDEX": "https://mirror.example.org/simple"}},
-    "time": {"environ": {"SOURCE_DATE_EPOCH": "1"}},
+    "time": {"environment": Environment(source_date_epoch=1795593600)},
     "state of the archives": {"state": ["0123", "4568"]},
     "host's mirror": {"archive": "http://mirror.example.org/near"},
 }

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +42,7 @@ def source(tmp_path: Path) -> Source:
     (grub / "boot.img").write_bytes(b"B" * 510 + b"\x55\xaa")
     (grub / "core.img").write_bytes(b"C" * 1000)
     (tmp_path / "tree/boot/efi/EFI").mkdir(parents=True)
+    (tmp_path / "tree/boot/efi/EFI/grub").touch()
     return a_source(tmp_path)
 
 
@@ -66,7 +66,7 @@ def test_every_type_has_a_writer() -> None:
 def test_disk(source: Source, argvs: list[list[str]]) -> None:
     """The disk has its table, the file system in its partition, and GRUB in its two places."""
     written(source, ImageType.RAW)
-    sfdisk, mkfat, mcopy, mkfs, convert = argvs
+    sfdisk, mkfat, mmd, mcopy, mkfs, convert = argvs
     assert sfdisk == ["sfdisk", "--quiet", str(source.disk)]
     assert mkfs[mkfs.index("-d") + 1] == str(source.tree)
     assert mkfs[mkfs.index("-L") + 1] == disk_writer.ROOT_LABEL
@@ -74,7 +74,9 @@ def test_disk(source: Source, argvs: list[list[str]]) -> None:
     assert mkfs[-2:] == [str(source.disk), str((SIZE - 67 * MIB) // disk_writer.BLOCK)]
     assert mkfat[0] == "mkfs.fat"
     assert mkfat[-4:] == ["--offset", str(2 * MIB // SECTOR), str(source.disk), str(64 * 1024)]
-    assert mcopy[-3:] == [f"{source.disk}@@{2 * MIB}", str(source.esp / "EFI"), "::"]
+    esp = f"{source.disk}@@{2 * MIB}"
+    assert mmd == ["mmd", "-i", esp, "::/EFI"]
+    assert mcopy[-3:] == [esp, str(source.esp / "EFI/grub"), "::/EFI/grub"]
     assert not (source.tree / "boot/efi").exists()
     assert convert == [
         "qemu-img",
@@ -141,13 +143,12 @@ def test_reproducible(
 ) -> None:
     """With an epoch the trees are settled, nothing is chosen at random, and all goes in order."""
     settled: list[Path] = []
-    monkeypatch.setattr(image_files, "settle_tree", lambda tree, _: settled.append(tree))
+    monkeypatch.setattr(image_files, "settle_times", lambda tree, _: settled.append(tree))
     monkeypatch.setattr(reproducible, "run", lambda *_, **__: "")
     first, second = (a_source(source.work, epoch=1795593600) for _ in range(2))
     written(first, ImageType.QCOW2)
     count = len(argvs)
-    shutil.rmtree(source.esp)
-    (source.tree / "boot/efi/EFI").mkdir(parents=True)
+    source.esp.rename(source.tree / "boot/efi")
     written(second, ImageType.QCOW2)
     assert argvs[count:] == argvs[:count]
     assert settled == [source.tree, source.esp] * 2
@@ -187,7 +188,6 @@ def test_oci(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
         return ""
 
     monkeypatch.setattr(image_files, "run", tar)
-    monkeypatch.setattr(image_files, "settle_tree", lambda *_: None)
     source = a_source(source.work, epoch=0)
     written(source, ImageType.OCI)
     with tarfile.open(source.work / "lb.oci") as archive:

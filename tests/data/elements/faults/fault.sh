@@ -19,6 +19,10 @@ case "${TINY_FAULT:-}" in
         setsid --fork sleep 301
         setsid --fork bash -c 'trap "" TERM HUP INT; exec sleep 302' > /dev/null 2>&1
         ;;
+    "$phase:differ")
+        # What a build must not put into an image.
+        echo "${TZ:-} $HOSTNAME $(umask)" > "${TARGET_ROOT:-}/etc/built-by"
+        ;;
     "$phase:fill")
         # Not zeros, which take no block of the disk.
         head -c "${TINY_MEBIBYTES}M" <(yes) > "${TARGET_ROOT:-}/large"
