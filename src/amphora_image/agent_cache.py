@@ -17,9 +17,10 @@ from pathlib import Path
 from amphora_image import agent, cache, netns_unit
 from amphora_image.agent_locks.check_imports import COMMANDS
 from amphora_image.errors import AmphoraImageError, BadValue
+from amphora_image.run import run
 
 #: What decides the environment beside the source and the image's Python.
-OWN_FILES = (Path(agent.__file__), *sorted(agent.LOCKS.glob("*.*")))
+OWN_FILES = (Path(__file__), Path(agent.__file__), *sorted(agent.LOCKS.glob("*.*")))
 
 
 def entry_of(root: Path, environ: Mapping[str, str]) -> Path:
@@ -39,7 +40,7 @@ def entry_of(root: Path, environ: Mapping[str, str]) -> Path:
 def provide(root: Path, environ: Mapping[str, str]) -> None:
     """Give a tree its agent: from the cache, or by an installation that is kept.
 
-    :raises AmphoraImageError: as :func:`agent.install`.
+    :raises AmphoraImageError: as :func:`agent.install`, or the agent's imports fail.
     """
     source = agent.source_from(environ)
 
@@ -55,6 +56,8 @@ def provide(root: Path, environ: Mapping[str, str]) -> None:
         cache.unpack(entry, root)
     else:
         install()
+        # Leaves the byte code of what the agent imports, so that no other build has to compile it.
+        run(["chroot", root, *agent.VERIFY])
         links = [f"usr/bin/{name}" for name in COMMANDS if (root / "usr/bin" / name).is_symlink()]
         with cache.new_entry(entry) as part:
             cache.pack(root, part, [agent.HOME.lstrip("/"), *links])

@@ -32,6 +32,7 @@ def provide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Provide:
         file.write_text(" ".join(paths))
 
     monkeypatch.setattr(agent, "install", lambda *_, **__: did.append("install"))
+    monkeypatch.setattr(agent_cache, "run", lambda argv: did.append(f"{argv[0]} {argv[2]}"))
     monkeypatch.setattr(cache, "pack", pack)
     monkeypatch.setattr(cache, "unpack", lambda *_: did.append("unpack"))
 
@@ -49,7 +50,7 @@ def provide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Provide:
     return ask
 
 
-MADE, TAKEN = ["install", "pack"], ["unpack"]
+MADE, TAKEN = ["install", f"chroot {agent.VERIFY[0]}", "pack"], ["unpack"]
 GIT = {"AMPHORA_AGENT_SOURCE": "git", "AMPHORA_AGENT_REF": "master"}
 
 
@@ -91,7 +92,7 @@ def test_what_makes_it_counts(
 def test_own_files() -> None:
     """The locks and all code that writes the environment count."""
     names = {path.name for path in agent_cache.OWN_FILES}
-    assert {"agent.py", "check_imports.py", "amphora_lazy.py"} <= names
+    assert {"agent.py", "agent_cache.py", "check_imports.py", "amphora_lazy.py"} <= names
     assert {f"{series}.txt" for series in agent.SERIES} <= names
 
 
