@@ -186,6 +186,12 @@ RULES = (
         "use amphora-no-sshd (-n), or keep the settings of amphora-sshd",
     ),
     Rule(
+        "fips",
+        safety.check_fips,
+        "A kernel that is not in FIPS mode tests no algorithm and refuses none.",
+        "name a kernel that has it with -k (Ubuntu's are part of Ubuntu Pro), or leave out -y",
+    ),
+    Rule(
         "sysctls",
         safety.check_sysctls,
         "The defaults are those of a desktop: few ports, short queues, small buffers.",
@@ -271,6 +277,7 @@ def read_manifest(path: Path) -> Asked:
             size=int(Decimal(request["size"]) * GIB),
             sshd=bool(request["sshd"]),
             root_password=request["root_password"] is not None,
+            fips=bool(request.get("fips")),
             datasources=str(request["environment"]["datasources"]),
             packages=record.get("packages"),
             python_packages=record.get("python_packages"),

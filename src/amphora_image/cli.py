@@ -25,7 +25,7 @@ from amphora_image.firmware import FIRMWARES
 from amphora_image.image import read_image
 from amphora_image.options import Parser, add_build_options, cache_dir, file_path, read_request
 from amphora_image.plan import make_plan
-from amphora_image.request import GIB, Request, size_in_gib
+from amphora_image.request import GIB, BaseOS, Request, size_in_gib
 from amphora_image.verify import verify
 
 EPILOG = """\
@@ -39,6 +39,19 @@ Variables of the environment and exit codes: docs/reference.rst
 """
 
 
+#: What a user is told before a build, and of which requests.
+WARNINGS: tuple[tuple[str, Callable[[Request], bool]], ...] = (
+    (
+        "-r sets a root password; not for production",
+        lambda request: request.root_password is not None,
+    ),
+    (
+        "-y: Ubuntu's ordinary kernels have no FIPS mode; -k names one of Ubuntu Pro that has",
+        lambda request: request.fips and request.base_os is BaseOS.UBUNTU and not request.kernel,
+    ),
+)
+
+
 def _build(args: argparse.Namespace) -> None:
     asked = read_request(args, os.environ, platform.machine())
     with signals_interrupt(), bundle.opened(asked, host.look()) as (request, here):
@@ -47,8 +60,8 @@ def _build(args: argparse.Namespace) -> None:
             print(json.dumps(plan.as_json(), indent=2) if args.json else plan.as_shell())
             return
         console = Console(stderr=True, quiet=args.quiet)
-        if request.root_password is not None:
-            console.print("[yellow]warning:[/yellow] -r sets a root password; not for production")
+        for warning in (text for text, concerns in WARNINGS if concerns(request)):
+            console.print(f"[yellow]warning:[/yellow] {warning}")
         files = build(request, plan, console)
     if args.json:
         print(

@@ -72,8 +72,10 @@ def read_file_systems(image: Image) -> list[dict[str, Any]]:
 def read_kernels(tree: Tree) -> list[dict[str, Any]]:
     """List the kernels, and what belongs to each.
 
+    "fips" is None where the kernel's configuration is not in the image.
+
     Example: ``[{"version": "6.12.48-cloud-amd64", "bootable": True, "initramfs_bytes": 11534336,
-    "modules": 3201}]``
+    "modules": 3201, "dependencies": True, "fips": True}]``
     """
     versions = {path.removeprefix("boot/vmlinuz-") for path, _ in tree.match("boot/vmlinuz-.+")}
     versions |= {path.split("/")[3] for path, _ in tree.match("usr/lib/modules/[^/]+/modules.dep")}
@@ -86,6 +88,7 @@ def _kernel(tree: Tree, version: str) -> dict[str, Any]:
     )
     image = tree.contents.get(f"boot/vmlinuz-{version}", b"")
     modules = tree.under(f"usr/lib/modules/{version}/kernel")
+    configuration = tree.text(f"boot/config-{version}").splitlines()
     # Linux/x86 boot protocol: "HdrS" at 0x202. Arm and POWER: EFI's "MZ", or an ELF file.
     bootable = image[0x202:0x206] == b"HdrS" or image[:4] == b"\x7fELF" or image[:2] == b"MZ"
     return {
@@ -94,6 +97,7 @@ def _kernel(tree: Tree, version: str) -> dict[str, Any]:
         "initramfs_bytes": max((entry.size for entry in initramfs if entry), default=0),
         "modules": sum(1 for path, _ in modules if ".ko" in path),
         "dependencies": tree.get(f"usr/lib/modules/{version}/modules.dep") is not None,
+        "fips": "CONFIG_CRYPTO_FIPS=y" in configuration if configuration else None,
     }
 
 

@@ -66,6 +66,7 @@ class Asked:
     size: int | None = None
     sshd: bool | None = None
     root_password: bool = False
+    fips: bool = False
     datasources: str | None = None
     packages: Mapping[str, str] | None = None
     python_packages: Mapping[str, str] | None = None

@@ -177,6 +177,17 @@ def check_sshd(image: Image, asked: Asked) -> Iterator[str]:
                 yield f"sshd's {key} is {value}, not no"
 
 
+def check_fips(image: Image, asked: Asked) -> Iterator[str]:
+    """The kernel is told to be in FIPS 140 mode, and has one, if that was asked for."""
+    if not asked.fips or not image.file_system:
+        return
+    if "fips=1" not in facts.read_boot_loader(image)["command_line"].split():
+        yield "the kernel's command line is without fips=1"
+    for kernel in facts.read_kernels(image.tree):
+        if kernel["fips"] is False:
+            yield f"the kernel {kernel['version']} is made without FIPS mode (CONFIG_CRYPTO_FIPS)"
+
+
 def check_sysctls(image: Image, _: Asked) -> Iterator[str]:
     """Every kernel setting of the element amphora-sysctl is in force after all files are read."""
     in_force = _sysctls(image.tree)

@@ -25,7 +25,7 @@ MAX_LINKS = 40
 #: Files of which the content is read.
 WANTED = re.compile(
     r"etc/(?!ssl/|ca-certificates|alternatives/|apparmor).+"
-    r"|boot/(grub/(grub\.cfg|boot\.img|core\.img)|vmlinuz-.+)"
+    r"|boot/(grub/(grub\.cfg|boot\.img|core\.img)|vmlinuz-.+|config-.+)"
     r"|usr/lib/(os-release|systemd/systemd|systemd/system/.+|sysctl\.d/.+)"
     r"|usr/lib/modules/[^/]+/modules\.(dep|builtin)"
     r"|usr/local/.+"

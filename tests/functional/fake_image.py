@@ -176,6 +176,7 @@ def manifest(expected: Asked) -> str:
         "size": str(expected.size / 2**30) if expected.size else "5",
         "sshd": expected.sshd,
         "root_password": "***" if expected.root_password else None,
+        "fips": expected.fips,
         "working_dir": "/srv/build/here",
         "cache_dir": "/srv/build/here",
         "environment": {"datasources": expected.datasources},

@@ -61,6 +61,25 @@ def test_broken_tree(rule: str, what: str, break_it: Break) -> None:
     assert any(what in finding.what for finding in findings)
 
 
+def with_fips(command_line: str, configured: bool | None) -> Image:
+    """An image whose kernel has that command line, and FIPS mode or not; None: not known."""
+    found = nodes()
+    menu = found["boot/grub/grub.cfg"].data.decode()
+    found["boot/grub/grub.cfg"] = file(menu.replace("root=LABEL=root-label ro", command_line))
+    if configured is not None:
+        value = "CONFIG_CRYPTO_FIPS=y" if configured else "# CONFIG_CRYPTO_FIPS is not set"
+        found[f"boot/config-{fake_image.KERNEL}"] = file(f"CONFIG_CRYPTO=y\n{value}\n")
+    return as_image(found)
+
+
+@pytest.mark.parametrize("configured", [True, None])
+def test_fips_mode(configured: bool | None) -> None:
+    """A kernel that may be in FIPS mode and is told so is what was asked for; else nobody asks."""
+    image = with_fips("root=LABEL=root-label fips=1", configured)
+    assert broken(image, asked(fips=True)) == set()
+    assert broken(with_fips("root=LABEL=root-label ro", False), asked()) == set()
+
+
 @pytest.mark.parametrize(
     ("rule", "image", "expected"),
     [
@@ -77,6 +96,8 @@ def test_broken_tree(rule: str, what: str, break_it: Break) -> None:
         ("locked-packages", as_image(nodes()), asked(python_packages={"octavia": "2.0"})),
         ("datasources", as_image(nodes()), asked(datasources="OpenStack")),
         ("root-password", as_image(nodes()), asked(root_password=True)),
+        ("fips", with_fips("root=LABEL=root-label ro", True), asked(fips=True)),
+        ("fips", with_fips("root=LABEL=root-label fips=1", False), asked(fips=True)),
         ("secrets", replace(as_image(nodes()), marks=(Mark("private key", ""),)), asked()),
         ("sshd", as_image(nodes()), asked(sshd=False)),
     ],
@@ -232,7 +253,7 @@ def test_table() -> None:
 def test_manifest(tmp_path: Path) -> None:
     """The manifest tells what was asked."""
     path = tmp_path / "image.json"
-    for expected in (asked(), asked(root_password=True), asked(sshd=False)):
+    for expected in (asked(), asked(root_password=True), asked(sshd=False), asked(fips=True)):
         path.write_text(fake_image.manifest(expected))
         assert check.read_manifest(path) == expected
 

@@ -293,6 +293,24 @@ def test_root_password_is_warned_of(
     assert [request.root_password for request in asked] == ["correct-horse"]
 
 
+@pytest.mark.parametrize(
+    ("options", "warned"),
+    [
+        (["-y"], True),
+        (["-y", "-k", "linux-image-fips"], False),
+        (["-y", "-i", "debian"], False),
+        ([], False),
+    ],
+)
+def test_fips_without_such_a_kernel_is_warned_of(
+    asked: list[Request], capsys: pytest.CaptureFixture[str], options: list[str], warned: bool
+) -> None:
+    """Ubuntu's own kernel would take no notice of -y."""
+    assert cli.diskimage_create(options) == 0
+    assert ("no FIPS mode" in capsys.readouterr().err) == warned
+    assert [request.fips for request in asked] == ["-y" in options]
+
+
 def test_root_password_from_standard_input(
     asked: list[Request], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,6 +51,7 @@ def test_kernel_and_boot_loader() -> None:
         "initramfs_bytes": 2**20 + 1,
         "modules": 1,
         "dependencies": True,
+        "fips": None,
     }
     assert FACTS["boot_loader"] == {
         "name": "grub",
