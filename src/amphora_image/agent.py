@@ -296,7 +296,7 @@ def install(
     out of keepalived and ``ip netns exec``, whose search path may be no more than /usr/bin:/bin.
     `VERIFY` is left there for all sources; nothing else for `Packaged`.
 
-    :param root: the image's tree; its Python is that of its usr/bin/python3.
+    :param root: the image's tree, whose newest Python runs the agent.
     :param architecture: of the image, "amd64".
     :param environ: for uv: its cache, index, proxies and certificates; DIB_OFFLINE is honoured.
     :raises AmphoraImageError: no Python in the tree or one too old, no wheels for the
@@ -328,10 +328,18 @@ def packages(root: Path) -> dict[str, str]:
 
 
 def python_version(root: Path) -> str:
-    """Version of a tree's Python, "3.13", by where its usr/bin/python3 points.
+    """Version of the newest Python in a tree's usr/bin, "3.13".
 
-    :raises AmphoraImageError: there is none.
+    The one of python3 need not be it: the RedHat family's release 9 has 3.9 for itself.
+
+    :raises AmphoraImageError: there is no python3.
     """
+    names = [path.name for path in (root / "usr/bin").glob("python3.*")]
+    others = [found[1] for name in names if (found := re.fullmatch(r"python(3\.\d+)", name))]
+    return max([_default_python(root), *others], key=_numbers)
+
+
+def _default_python(root: Path) -> str:
     python = root / "usr/bin/python3"
     for _ in range(8):
         if found := re.fullmatch(r"python(3\.\d+)", python.name):
@@ -442,7 +450,7 @@ def _lay_out(root: Path, home: Path, version: str) -> None:
     (home / "pyvenv.cfg").write_text(
         f"home = /usr/bin\ninclude-system-site-packages = false\nversion = {version}\n"
     )
-    (home / "bin/python3").symlink_to("/usr/bin/python3")
+    (home / "bin/python3").symlink_to(f"/usr/bin/python{version}")
     _write_command(home / "bin/check-imports", python, _checker())
     for module in ("amphora_fork.py", "amphora_lazy.py"):
         shutil.copy(LOCKS / module, home / f"lib/python{version}/site-packages")

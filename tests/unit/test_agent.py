@@ -205,6 +205,14 @@ def test_python_version(tmp_path: Path, links: dict[str, str]) -> None:
     assert agent.python_version(tree(tmp_path, **links)) == "3.13"
 
 
+def test_newest_python(tmp_path: Path) -> None:
+    """A newer Python beside the distribution's own is the agent's; other programs do not count."""
+    root = tree(tmp_path, python3="python3.9")
+    for name in ("python3.9", "python3.12", "python3.13-config"):
+        (root / "usr/bin" / name).touch()
+    assert agent.python_version(root) == "3.12"
+
+
 @pytest.mark.parametrize("links", [{}, {"python3": "python3"}, {"python3": "python2.7"}])
 def test_no_python(tmp_path: Path, links: dict[str, str]) -> None:
     """A tree without a Python 3 is an error that says what to install."""
