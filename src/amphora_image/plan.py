@@ -75,11 +75,14 @@ OUR_DISK = "amphora-disk"
 #: What makes a root file system an amphora: the element, and the requests that want it.
 ELEMENT_ROWS: tuple[tuple[str, Callable[[Request], bool]], ...] = (
     ("amphora-agent", _always),
+    ("amphora-apparmor", lambda request: request.mandatory_access and request.debian_family),
     ("amphora-ca", lambda request: request.access.ca_file is not None),
     ("amphora-certificates", _always),
     ("amphora-cloud-init", _always),
     ("amphora-cpu-pinning", lambda request: request.cpu_pinning),
     (OUR_DISK, _always),
+    ("amphora-dracut", lambda request: not request.debian_family),
+    ("amphora-fedora", lambda request: request.base_os is BaseOS.FEDORA),
     ("amphora-fips", lambda request: request.fips),
     ("amphora-haproxy", _always),
     ("amphora-initramfs", lambda request: request.debian_family),
@@ -87,10 +90,10 @@ ELEMENT_ROWS: tuple[tuple[str, Callable[[Request], bool]], ...] = (
     ("amphora-keepalived", _always),
     ("amphora-logrotate", _always),
     ("amphora-manifest", _always),
-    ("amphora-mandatory-access", lambda request: request.mandatory_access),
     ("amphora-network", _always),
     ("amphora-no-sshd", lambda request: not request.sshd),
     ("amphora-root-password", lambda request: request.root_password is not None),
+    ("amphora-selinux", lambda request: not request.debian_family),
     ("amphora-sshd", lambda request: request.sshd),
     ("amphora-sysctl", _always),
     ("amphora-trim", _always),
@@ -225,6 +228,8 @@ def _environment(request: Request, host: Host) -> dict[str, str]:
     if request.debian_family:
         variables["AMPHORA_APT_COMPONENTS"] = distribution.components
         variables["AMPHORA_APT_SOURCES"] = "\n".join(apt_sources(request, host))
+    else:
+        variables["AMPHORA_SELINUX"] = "enforcing" if request.mandatory_access else "permissive"
     if env.source_date_epoch is not None:
         variables[reproducible.VARIABLE] = str(env.source_date_epoch)
     return variables

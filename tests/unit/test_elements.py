@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from amphora_image import plan
+from amphora_image.request import RELEASES, BaseOS
 
 ELEMENTS = sorted(path for path in plan.ELEMENTS.iterdir() if path.is_dir())
 #: Directories of an element whose scripts diskimage-builder runs, by their names' ending.
@@ -229,6 +230,13 @@ def test_sysctl_keys_are_set_once() -> None:
     keys = re.findall(r"^([a-z0-9_.]+) = \S", conf.read_text(), re.MULTILINE)
     assert len(keys) > 30
     assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize("release", RELEASES[BaseOS.FEDORA])
+def test_fedora_has_container_files(release: str) -> None:
+    """Each release has a file, by whose name diskimage-builder finds it."""
+    file = plan.ELEMENTS / "amphora-fedora/containerfiles" / release
+    assert f"FROM fedora:{release}\n" in file.read_text()
 
 
 def test_no_archive_is_named() -> None:
