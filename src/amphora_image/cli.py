@@ -25,7 +25,7 @@ from amphora_image.firmware import FIRMWARES
 from amphora_image.image import read_image
 from amphora_image.options import Parser, add_build_options, cache_dir, file_path, read_request
 from amphora_image.plan import make_plan
-from amphora_image.request import GIB, BaseOS, Request, size_in_gib
+from amphora_image.request import GIB, PROVEN, BaseOS, Request, size_in_gib
 from amphora_image.verify import verify
 
 EPILOG = """\
@@ -39,7 +39,7 @@ Variables of the environment and exit codes: docs/reference.rst
 """
 
 
-#: What a user is told before a build, and of which requests.
+#: What a user is told before a build or of a plan, and of which requests.
 WARNINGS: tuple[tuple[str, Callable[[Request], bool]], ...] = (
     (
         "-r sets a root password; not for production",
@@ -49,6 +49,10 @@ WARNINGS: tuple[tuple[str, Callable[[Request], bool]], ...] = (
         "-y: Ubuntu's ordinary kernels have no FIPS mode; -k names one of Ubuntu Pro that has",
         lambda request: request.fips and request.base_os is BaseOS.UBUNTU and not request.kernel,
     ),
+    (
+        "images of this base OS are not tested: none was ever booted",
+        lambda request: request.base_os not in PROVEN,
+    ),
 )
 
 
@@ -56,12 +60,11 @@ def _build(args: argparse.Namespace) -> None:
     asked = read_request(args, os.environ, platform.machine())
     with signals_interrupt(), bundle.opened(asked, host.look()) as (request, here):
         plan = make_plan(request, here)
+        console = Console(stderr=True, quiet=args.quiet)
+        _warn(request, console)
         if args.dry_run:
             print(json.dumps(plan.as_json(), indent=2) if args.json else plan.as_shell())
             return
-        console = Console(stderr=True, quiet=args.quiet)
-        for warning in (text for text, concerns in WARNINGS if concerns(request)):
-            console.print(f"[yellow]warning:[/yellow] {warning}")
         files = build(request, plan, console)
     if args.json:
         print(
@@ -69,6 +72,11 @@ def _build(args: argparse.Namespace) -> None:
         )
     else:
         print(*files, sep="\n")
+
+
+def _warn(request: Request, console: Console) -> None:
+    for warning in (text for text, concerns in WARNINGS if concerns(request)):
+        console.print(f"[yellow]warning:[/yellow] {warning}")
 
 
 def _fetch(args: argparse.Namespace) -> None:
@@ -84,6 +92,7 @@ def _plan(args: argparse.Namespace) -> None:
     asked = read_request(args, os.environ, platform.machine())
     with bundle.opened(asked, host.look()) as (request, here):
         plan = make_plan(request, here)
+    _warn(request, Console(stderr=True, quiet=args.quiet))
     print(plan.as_shell() if args.shell else json.dumps(plan.as_json(), indent=2))
 
 

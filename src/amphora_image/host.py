@@ -41,6 +41,16 @@ TOOLS: Mapping[str, str] = {
 }
 APT_TOOLS: Mapping[str, str] = {"gpgv": "gpgv", "mmdebstrap": "mmdebstrap", "zstd": "zstd"}
 
+#: What makes the root file system: our own element, or diskimage-builder's.
+BASE_TOOLS: Mapping[BaseOS, Mapping[str, str]] = {
+    BaseOS.UBUNTU: APT_TOOLS,
+    BaseOS.DEBIAN: APT_TOOLS,
+    BaseOS.FEDORA: {"podman": "podman"},
+    BaseOS.CENTOS: {"dnf": "dnf dnf-plugins-core", "rpm": "rpm"},
+    BaseOS.ROCKY: {"podman": "podman"},
+    BaseOS.RHEL: {"kpartx": "kpartx"},
+}
+
 #: What mmdebstrap asks whether this host runs the programs of another architecture.
 FOREIGN_TOOLS: Mapping[str, str] = {"arch-test": "arch-test"}
 
@@ -169,9 +179,9 @@ def require(request: Request) -> None:
     if os.geteuid() != 0:
         raise HostError("building an image needs root", hint="run the same command with sudo")
     by_type = {tool: package for kind, tool, package in TYPE_TOOLS if kind in request.image_types}
-    apt = APT_TOOLS if request.debian_family else {}
     foreign = request.architecture != default_architecture(platform.machine())
-    _require_tools({**TOOLS, **apt, **(FOREIGN_TOOLS if apt and foreign else {}), **by_type})
+    by_architecture = FOREIGN_TOOLS if request.debian_family and foreign else {}
+    _require_tools({**TOOLS, **BASE_TOOLS[request.base_os], **by_architecture, **by_type})
     _require_keyring(request)
     _require_release(request)
     _require_architecture(request.architecture, platform.machine())

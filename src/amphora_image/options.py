@@ -14,6 +14,7 @@ from amphora_image import agent, host, reproducible
 from amphora_image.access import SETTINGS, Access
 from amphora_image.errors import BadValue
 from amphora_image.request import (
+    PROVEN,
     RELEASES,
     Architecture,
     Backend,
@@ -52,7 +53,13 @@ def add_build_options(parser: argparse.ArgumentParser) -> None:
     add("-e", "--mandatory-access-control", action="store_true", help="enforce AppArmor or SELinux")
     add("-f", "--on-disk", action="store_true", help="build on disk (-w), not in memory")
     add("-g", "--agent-ref", metavar="REF", help="amphora agent from a Git branch, tag or ref")
-    add("-i", "--base-os", default="ubuntu", help=f"{' | '.join(BaseOS)} (default: ubuntu)")
+    proven = " and ".join(sorted(PROVEN))
+    add(
+        "-i",
+        "--base-os",
+        default="ubuntu",
+        help=f"{' | '.join(BaseOS)} (default: ubuntu; only {proven} are tested)",
+    )
     add("-k", "--kernel", metavar="PACKAGE", help="kernel package (default: one for clouds)")
     add("-l", "--log-file", metavar="FILE", help="log file (default: one in the cache directory)")
     add("-m", "--cpu-pinning", action="store_true", help="pin HAProxy and interrupts to vCPUs")

@@ -86,6 +86,9 @@ RELEASES: Mapping[BaseOS, tuple[str, ...]] = {
 #: Debian and Ubuntu are built by our own base element, the others by diskimage-builder's.
 DEBIAN_FAMILY = frozenset({BaseOS.UBUNTU, BaseOS.DEBIAN})
 
+#: Base systems of which the tests boot an image; of the others they see parts of a build alone.
+PROVEN = frozenset({BaseOS.UBUNTU, BaseOS.DEBIAN})
+
 #: Architectures of each base OS, where not all of them have a kernel.
 ARCHITECTURES: Mapping[BaseOS, frozenset[Architecture]] = {
     BaseOS.UBUNTU: frozenset(Architecture) - {Architecture.I386},

@@ -23,7 +23,7 @@ from amphora_image.errors import (
 )
 from amphora_image.host import Host
 from amphora_image.report import Milestone, Report
-from amphora_image.request import ImageType, Request
+from amphora_image.request import BaseOS, ImageType, Request
 
 TEXT = "allowed is a number of gigabytes up to 2048, such as 2 or 2.5"
 FLAGS = "allowed are 1, true, yes, 0, false, no"
@@ -309,6 +309,26 @@ def test_fips_without_such_a_kernel_is_warned_of(
     assert cli.diskimage_create(options) == 0
     assert ("no FIPS mode" in capsys.readouterr().err) == warned
     assert [request.fips for request in asked] == ["-y" in options]
+
+
+@pytest.mark.parametrize("base_os", BaseOS)
+def test_untested_base_os_is_warned_of(
+    asked: list[Request],
+    capsys: pytest.CaptureFixture[str],
+    base_os: BaseOS,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who builds, or plans, what no test has booted is told so; standard output stays as it is."""
+    monkeypatch.setenv("DIB_LOCAL_IMAGE", str(tmp_path))
+    warning = "warning: images of this base OS are not tested: none was ever booted\n"
+    told = "" if base_os in {BaseOS.DEBIAN, BaseOS.UBUNTU} else warning
+    for argv in (["build"], ["build", "--dry-run", "--json"], ["plan"]):
+        assert cli.main([*argv, "-i", base_os]) == 0
+        out, err = capsys.readouterr()
+        assert err == told
+        assert "warning" not in out
+    assert len(asked) == 1
 
 
 def test_root_password_from_standard_input(

@@ -254,6 +254,32 @@ def test_ubuntu_keys_are_always_there() -> None:
     assert (host.PACKAGED_KEYRINGS / host.KEYRINGS[BaseOS.UBUNTU][1].name).is_file()
 
 
+@pytest.mark.parametrize(
+    ("base_os", "tool", "hint"),
+    [
+        (BaseOS.FEDORA, "podman", "apt-get install podman"),
+        (BaseOS.CENTOS, "dnf", "apt-get install dnf dnf-plugins-core"),
+        (BaseOS.CENTOS, "rpm", "apt-get install rpm"),
+        (BaseOS.ROCKY, "podman", "apt-get install podman"),
+        (BaseOS.RHEL, "kpartx", "apt-get install kpartx"),
+    ],
+)
+def test_tools_of_other_base_oses(
+    machine: SimpleNamespace,
+    a_request: Callable[..., Request],
+    base_os: BaseOS,
+    tool: str,
+    hint: str,
+) -> None:
+    """What diskimage-builder's element of the base OS calls is asked for, and there alone."""
+    machine.missing = {tool}
+    local = Environment(local_image=machine.keyring)
+    with pytest.raises(HostError, match=f"not installed: {tool}") as missed:
+        host.require(a_request(base_os=base_os, environment=local))
+    assert missed.value.hint == hint
+    host.require(a_request(base_os=BaseOS.DEBIAN))
+
+
 def test_other_base_oses_need_no_apt(
     machine: SimpleNamespace, a_request: Callable[..., Request]
 ) -> None:
