@@ -37,11 +37,11 @@ class Mirror:
     def url(self) -> str:
         """Where the directory is."""
         scheme = "https" if self.context else "http"
-        return f"{scheme}://127.0.0.1:{self.port}/ubuntu"
+        return f"{scheme}://127.0.0.1:{self.port}/{self.root.name}"
 
 
 class Request(http.server.SimpleHTTPRequestHandler):
-    """A request for a file below ``/ubuntu``."""
+    """A request for a file of the directory, below its name."""
 
     protocol_version = "HTTP/1.1"
 
@@ -148,7 +148,7 @@ def _begin(request: Request, body: bytes) -> None:
 def serve(
     root: Path, fault: Fault = no_fault, context: ssl.SSLContext | None = None
 ) -> Iterator[Mirror]:
-    """Serve a directory named ``ubuntu`` for as long as the context lasts."""
+    """Serve a directory, by its name, for as long as the context lasts."""
     mirror = Mirror(root, context=context)
     handler = functools.partial(Request, mirror, fault)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
