@@ -139,6 +139,7 @@ _DIB_VARIABLES = {
 
 def choose(
     environ: Mapping[str, str],
+    architecture: str,
     *,
     ref: str | None = None,
     packages: bool = False,
@@ -146,8 +147,11 @@ def choose(
 ) -> AgentSource:
     """The source that a user asked for: ``-g REF``, ``-p``, or any variable of Octavia's script.
 
+    Else the newest lock, or packages for an architecture without wheels.
+
     :param git_base: URL that ends in a slash, for repositories that are not named.
-    :raises BadValue: both options were given, the ref is none, or a URL holds a password.
+    :raises BadValue: both options were given, the ref is none, a URL holds a password, or an
+        architecture without wheels is to have the agent from Git.
     """
     for name in _DIB_VARIABLES:
         if re.search(r"://[^/@]*:[^/@]*@", environ.get(name, "")):
@@ -171,7 +175,9 @@ def choose(
         asked.setdefault("repository", f"{git_base}{PROJECT}")
     if git_base and "lib_ref" in asked:
         asked.setdefault("lib_repository", f"{git_base}{PROJECT}-lib")
-    return FromGit(**asked) if asked else Locked()
+    if asked and _platform(architecture):
+        return FromGit(**asked)
+    return Locked() if architecture in PLATFORMS else Packaged()
 
 
 def environment(source: AgentSource) -> dict[str, str]:
@@ -368,10 +374,8 @@ def _uv(environ: Mapping[str, str], *arguments: str | Path, stdin: str | None = 
 
 def _platform(architecture: str) -> str:
     if architecture not in PLATFORMS:
-        raise AmphoraImageError(
-            f"no agent for architecture {architecture}: its wheels are for {', '.join(PLATFORMS)}",
-            "take the distribution's agent with -p",
-        )
+        known = ", ".join(PLATFORMS)
+        raise BadValue(f"no wheels of the agent for {architecture}; they are for {known}", "add -p")
     return PLATFORMS[architecture]
 
 

@@ -7,6 +7,7 @@ import base64
 import contextlib
 import json
 import os
+import platform
 import re
 import shutil
 import socket
@@ -19,18 +20,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from amphora_image import firmware, network
+from amphora_image import board, network
+from amphora_image.board import DEFAULT, Board
 from amphora_image.errors import BadValue, BootFailed, HostError
-from amphora_image.firmware import FIRMWARES
 from amphora_image.run import run
 
 T = TypeVar("T")
 
-#: Program -> the package of Debian and Ubuntu that holds it.
+#: Program -> the package of Debian and Ubuntu that holds it; the computer's own comes besides.
 PROGRAMS = {
     "genisoimage": "genisoimage",
     "ip": "iproute2",
-    "qemu-system-x86_64": "qemu-system-x86",
     "setpriv": "util-linux",
 }
 #: File name suffix of an image -> QEMU's name of the disk format (:manpage:`qemu-img(1)`).
@@ -41,9 +41,6 @@ ACCELERATORS = ("auto", "kvm", "tcg")
 KVM_PATIENCE = 20.0
 #: Seconds to wait for one thing, at least; see :attr:`Machine.patience`.
 PATIENCE = 600.0
-#: All that the accelerator can do but page tables of five levels: with them a guest of TCG dies now
-#: and then as its kernel starts (QEMU issue 1023), and 1 GB needs none.
-CPU = "max,la57=off"
 #: The host's address in QEMU's user-mode network.
 GATEWAY = "10.0.2.2"
 #: The TCP port of the amphora's agent.
@@ -58,7 +55,7 @@ SERIAL_MILESTONES = {
 }
 #: After one of these lines nothing more will come.
 FATAL = re.compile(
-    r"No bootable device|Entering rescue mode|Kernel panic|KVM internal error"
+    r"No bootable (option or )?device|Entering rescue mode|Kernel panic|KVM internal error"
     r"|Dropping to a shell|[Ee]mergency [Mm]ode"
 )
 #: Lines worth showing after a failure.
@@ -74,18 +71,18 @@ _WHEN_AND_WHO = re.compile(r"^\[ *[\d.]+\] |\[\d+\](?=:)")
 #: Escape sequences of a terminal: control, operating system command, other (ECMA-48).
 _ESCAPE_SEQUENCE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\a\x1b]*(\a|\x1b\\)|[ -/]*[0-~])")
 #: Units that the amphora's systemd gets for the proof (:manpage:`systemd.system-credentials(7)`):
-#: its journal goes to the second serial port. A systemd before 256 passes them over.
+#: its journal goes to the second serial port, {port}. A systemd before 256 passes them over.
 CREDENTIALS = {
     "systemd.extra-unit.journal-to-serial.service": (
         "[Unit]\nDefaultDependencies=no\nAfter=systemd-journald.service\n"
-        "[Service]\nStandardOutput=file:/dev/ttyS1\n"
+        "[Service]\nStandardOutput=file:/dev/{port}\n"
         "ExecStart=/usr/bin/journalctl --boot --follow --lines=all --output=short-monotonic\n"
     ),
     "systemd.unit-dropin.sysinit.target": "[Unit]\nWants=journal-to-serial.service\n",
 }
 
 
-def choose_accelerator(image: Path, wanted: str = "auto") -> str:
+def choose_accelerator(image: Path, wanted: str = "auto", computer: Board = DEFAULT) -> str:
     """Find out what the image can run under.
 
     A device that opens, even a small guest that runs, does not prove that a stock kernel does:
@@ -93,6 +90,7 @@ def choose_accelerator(image: Path, wanted: str = "auto") -> str:
     lets the image itself start systemd under KVM, in bounded time.
 
     :param wanted: one of :data:`ACCELERATORS`; all but "auto" are returned untried.
+    :param computer: one of :data:`.board.BOARDS`, which this host's KVM may not be able to be.
     :returns: "kvm" or "tcg".
     :raises BadValue: as :func:`prove`.
     :raises HostError: as :func:`prove`.
@@ -101,11 +99,13 @@ def choose_accelerator(image: Path, wanted: str = "auto") -> str:
         raise BadValue(f"accelerator {wanted!r} is none of {', '.join(ACCELERATORS)}")
     if wanted != "auto":
         return wanted
-    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+    native = platform.machine() in computer.hosts
+    if not native or not os.access("/dev/kvm", os.R_OK | os.W_OK):
         return "tcg"
     systemd_starts = SERIAL_MILESTONES["systemd starts"]
     try:
-        with power_on(image, {}, accelerator="kvm", log=Path(os.devnull)) as machine:
+        log = Path(os.devnull)
+        with power_on(image, {}, accelerator="kvm", log=log, computer=computer) as machine:
             machine.wait("systemd", lambda: machine.seen(systemd_starts), KVM_PATIENCE)
     except BootFailed:
         return "tcg"
@@ -125,7 +125,7 @@ class Machine:
     qmp_socket: Path
     log: Path
     number: int = 1
-    firmware_name: str = "bios"
+    computer: Board = DEFAULT
     started: float = field(default_factory=time.monotonic)
     lines: list[tuple[float, str]] = field(default_factory=list)
 
@@ -224,7 +224,7 @@ class Machine:
         network.add_tap(tap)
         netdev = {"type": "tap", "id": tap, "ifname": tap, "script": "no", "downscript": "no"}
         self.qmp("netdev_add", **netdev)
-        bus = {"bus": place} if (place := FIRMWARES[self.firmware_name].hotplug_bus) else {}
+        bus = {"bus": place} if (place := self.computer.hotplug_bus) else {}
         self.qmp("device_add", driver="virtio-net-pci", id="vip", netdev=tap, mac=mac, **bus)
         return mac
 
@@ -237,28 +237,28 @@ def power_on(
     accelerator: str,
     log: Path,
     number: int = 1,
-    firmware_name: str = "bios",
+    computer: Board = DEFAULT,
 ) -> Iterator[Machine]:
     """Run an image for the time of a ``with`` block; then, or if we die, QEMU is killed.
 
     :param drive: the config drive's files, as of :func:`config_drive`.
     :param number: as of :class:`Machine`.
     :param accelerator: "kvm" or "tcg".
-    :param firmware_name: one of :data:`.firmware.FIRMWARES`.
+    :param computer: one of :data:`.board.BOARDS`.
     :param log: where to write the serial console's lines; overwritten.
     :raises BadValue: the image is not there or of no known format.
     :raises HostError: a program is missing.
     """
     if not image.is_file():
         raise BadValue(f"{image} is no file")
-    for program, package in PROGRAMS.items():
+    for program, package in (*PROGRAMS.items(), (computer.program, computer.package)):
         if shutil.which(program) is None:
             raise HostError(f"{program} is not installed", f"install the package {package}")
     with contextlib.ExitStack() as undo:
         directory = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="amphora-boot-")))
         write_config_drive(drive, directory)
-        firmware.prepare(FIRMWARES[firmware_name], directory)
-        argv = qemu_argv(image.resolve(), accelerator, number, firmware_name)
+        board.prepare(computer, directory)
+        argv = qemu_argv(image.resolve(), accelerator, number, computer)
         log_file = undo.enter_context(log.open("w", encoding="utf-8"))
         process = undo.enter_context(
             subprocess.Popen(
@@ -270,7 +270,7 @@ def power_on(
                 stderr=subprocess.STDOUT,
             )
         )
-        machine = Machine(process, directory / "qmp.sock", log, number, firmware_name)
+        machine = Machine(process, directory / "qmp.sock", log, number, computer)
         reader = threading.Thread(target=_read_console, args=(machine, log_file))
         reader.start()
         undo.callback(reader.join)
@@ -279,7 +279,7 @@ def power_on(
 
 
 def qemu_argv(
-    image: Path, accelerator: str, number: int = 1, firmware_name: str = "bios"
+    image: Path, accelerator: str, number: int = 1, computer: Board = DEFAULT
 ) -> list[str]:
     """List QEMU's arguments for a machine like the one Nova makes: one CPU, 1 GB, virtio.
 
@@ -295,30 +295,39 @@ def qemu_argv(
         )
     file = str(image).replace(",", ",,")  # QEMU's escape for a comma in a value
     forward = f"hostfwd=tcp:127.0.0.{number}:{AGENT_PORT}-:{AGENT_PORT}"
-    credentials = (
-        f"type=11,value=io.systemd.credential.binary:{name}={base64.b64encode(text.encode()).decode()}"
-        for name, text in CREDENTIALS.items()
+    smbios = (
+        f"type=11,value=io.systemd.credential.binary:{name}={encoded(text)}"
+        for name, text in credentials(computer).items()
     )
     return [
-        "qemu-system-x86_64",
-        *("-nodefaults", "-vga", "std", "-display", "none"),
-        *firmware.qemu_options(FIRMWARES[firmware_name]),
+        *(computer.program, "-nodefaults", "-display", "none"),
+        *("-serial", "stdio", "-chardev", "file,id=journal,path=journal.log"),
+        *("-drive", "id=config,file=config.iso,format=raw,if=none,readonly=on"),
+        *board.qemu_options(computer),
         *("-boot", "strict=on"),  # the disk only
-        *("-accel", accelerator, "-cpu", CPU, "-smp", "1", "-m", "1024"),
-        *("-serial", "stdio", "-serial", "file:journal.log"),
-        *(word for credential in credentials for word in ("-smbios", credential)),
+        *("-accel", accelerator, "-smp", "1", "-m", "1024"),
+        *(word for told in smbios for word in ("-smbios", told)),
         *("-qmp", "unix:qmp.sock,server=on,wait=off"),
         # snapshot: writes go to an overlay without a name, the image is opened read-only.
         "-drive",
         f"id=disk,file={file},format={DISK_FORMATS[image.suffix]},if=none,snapshot=on",
         *("-device", "virtio-blk-pci,drive=disk,bootindex=0"),
-        *("-drive", "file=config.iso,format=raw,media=cdrom,readonly=on"),
         *("-device", "virtio-balloon-pci,id=balloon,guest-stats-polling-interval=1"),
         # What the amphora reaches of this host is what is in our network namespace.
         *("-netdev", f"user,id=management,{forward}"),
         "-device",
         f"virtio-net-pci,netdev=management,mac={MANAGEMENT_MAC.format(number)},romfile=",
     ]
+
+
+def credentials(computer: Board) -> dict[str, str]:
+    """Return the credentials that a computer hands to the amphora's systemd, name -> text."""
+    return {name: text.format(port=computer.journal) for name, text in CREDENTIALS.items()}
+
+
+def encoded(text: str) -> str:
+    """Return a text in Base64 (RFC 4648, section 4)."""
+    return base64.b64encode(text.encode()).decode()
 
 
 def config_drive(

@@ -16,7 +16,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from amphora_image import disk_writer, host, image_cache, image_files, manifest, sandbox
+from amphora_image import disk_writer, foreign, host, image_cache, image_files, manifest, sandbox
 from amphora_image.access import passwords, trust
 from amphora_image.cache import FRESH, USED
 from amphora_image.errors import AmphoraImageError, Interrupted
@@ -106,7 +106,8 @@ def _make(
     """Make the image files in a sandbox."""
     _place_work(request, space, console)
     contents = space.root / "contents.json"
-    _run_in_sandbox(space, _commands(request, plan, space, partial, contents), log)
+    with foreign.programs(request.architecture):
+        _run_in_sandbox(space, _commands(request, plan, space, partial, contents), log)
     log.phase("checksums and manifest")
     # An image of other elements (DIB_ELEMENTS) may not tell what it holds.
     held = json.loads(contents.read_text()) if contents.exists() else {}

@@ -79,7 +79,7 @@ RULES = (
     Rule(
         "boot-loader",
         rules.check_boot_loader,
-        "The BIOS must find GRUB, and GRUB the kernel.",
+        "The firmware must find GRUB, and GRUB the kernel.",
         "see the log for errors of the element amphora-disk",
     ),
     Rule(

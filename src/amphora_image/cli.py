@@ -16,12 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from amphora_image import agent, bundle, cache, check, host
+from amphora_image.board import FIRMWARES
 from amphora_image.build import build, signals_interrupt
 from amphora_image.build_all import Line, SomeFailed, build_all, jobs_here, plan_builds, read_lines
 from amphora_image.errors import AmphoraImageError, BootFailed, CheckFailed, Interrupted
 from amphora_image.facts import as_table as facts_table
 from amphora_image.facts import read_facts
-from amphora_image.firmware import FIRMWARES
 from amphora_image.image import read_image
 from amphora_image.options import Parser, add_build_options, cache_dir, file_path, read_request
 from amphora_image.plan import make_plan
@@ -335,7 +335,7 @@ def _verbs() -> argparse.ArgumentParser:
     boot = verb("boot", _boot, "Boot an image in QEMU and balance load with it.")
     boot.add_argument("image", metavar="IMAGE", help="a qcow2, raw or vhd file; not written to")
     boot.add_argument("--container", action="store_true", help="IMAGE is a tar file: use podman")
-    boot.add_argument("--firmware", choices=list(FIRMWARES), default="bios")
+    boot.add_argument("--firmware", choices=FIRMWARES, help="default: the architecture's first")
     boot.add_argument("--accel", choices=("auto", "kvm", "tcg"), default="auto")
     boot.add_argument("--log", help="serial log (default: IMAGE.serial.log in this directory)")
     boot.add_argument("--timeout", type=float, default=3600, help="seconds in all (default: 3600)")

@@ -32,6 +32,7 @@ MAX_MEMORY = 2 * GIB
 PROGRAMS = {
     "debugfs": "e2fsprogs",
     "e2fsck": "e2fsprogs",
+    "mdir": "mtools",
     "prlimit": "util-linux",
     "qemu-img": "qemu-utils",
     "setpriv": "util-linux",

@@ -13,12 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from amphora_image.disk import MIB
+from amphora_image.foreign import ABIS
 from amphora_image.image import Image
 from amphora_image.tree import Tree
 
 AGENT = "opt/amphora-agent"
 #: e_machine of an ELF file (ELF specification) -> architecture, by Debian's names.
-MACHINES = {3: "i386", 62: "amd64", 40: "armhf", 183: "arm64", 21: "ppc64le"}
+MACHINES = {abi.machine: str(architecture) for architecture, abi in ABIS.items()}
 #: The agent's default port and address (Octavia, ``[haproxy_amphora] bind_host``, ``bind_port``).
 AGENT_ADDRESS = "[::]:9443"
 #: Directories whose unit files and links count, in systemd's order (:manpage:`systemd.unit(5)`).
@@ -102,10 +103,10 @@ def _kernel(tree: Tree, version: str) -> dict[str, Any]:
 
 
 def read_boot_loader(image: Image) -> dict[str, Any]:
-    """Tell what the BIOS and GRUB find.
+    """Tell what the firmware and GRUB find.
 
     Example: ``{"name": "grub", "signature": True, "entries": ["Amphora, Linux 6.12"],
-    "command_line": "root=LABEL=cloudimg-rootfs ro"}``
+    "command_line": "root=LABEL=cloudimg-rootfs ro", "efi": ["EFI/BOOT/BOOTX64.EFI"]}``
     """
     config = image.tree.text("boot/grub/grub.cfg")
     lines = re.findall(r"^\s*linux\s+\S+\s+(.*)$", config, re.MULTILINE)
@@ -114,6 +115,7 @@ def read_boot_loader(image: Image) -> dict[str, Any]:
         "signature": image.first_sector[510:] == b"\x55\xaa",
         "entries": re.findall(r'^\s*menuentry "([^"]*)"', config, re.MULTILINE),
         "command_line": lines[0].strip() if lines else "",
+        "efi": list(image.esp),
     }
 
 

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from amphora_image import foreign
 from amphora_image.errors import AmphoraImageError, HostError
-from amphora_image.request import Architecture, BaseOS, ImageType, Request
+from amphora_image.partitions import LAYOUTS
+from amphora_image.request import GIB, Architecture, BaseOS, ImageType, Request
 from amphora_image.run import run
-
-GIB = 1024**3
 
 #: Free memory that a build on tmpfs needs, and free space that any build needs, in bytes.
 TMPFS_MEMORY = 4 * GIB
@@ -75,17 +75,6 @@ UBUNTU_RELEASES = Path("/usr/share/distro-info/ubuntu.csv")
 
 PACKAGED_KEYRINGS = Path(__file__).parent / "keyrings"
 
-MACHINES: Mapping[str, Architecture] = {
-    "x86_64": Architecture.AMD64,
-    "i686": Architecture.I386,
-    "armv7l": Architecture.ARMHF,
-    "aarch64": Architecture.ARM64,
-    "ppc64le": Architecture.PPC64LE,
-}
-
-#: Architectures whose firmware is a BIOS, for which ``amphora-disk`` has a boot loader.
-BIOS_ARCHITECTURES = frozenset({Architecture.AMD64, Architecture.I386})
-
 
 @dataclass(frozen=True)
 class Mirrors:
@@ -130,7 +119,7 @@ def keyring_of(base_os: BaseOS) -> Path | None:
 
 def default_architecture(machine: str) -> Architecture:
     """Return the architecture of a host by the name that :manpage:`uname(2)` gives it."""
-    return MACHINES.get(machine, Architecture.AMD64)
+    return foreign.MACHINES.get(machine, Architecture.AMD64)
 
 
 def _own_mirrors(base_os: BaseOS | None, codename: str) -> Mirrors | None:
@@ -179,12 +168,12 @@ def require(request: Request) -> None:
     if os.geteuid() != 0:
         raise HostError("building an image needs root", hint="run the same command with sudo")
     by_type = {tool: package for kind, tool, package in TYPE_TOOLS if kind in request.image_types}
-    foreign = request.architecture != default_architecture(platform.machine())
-    by_architecture = FOREIGN_TOOLS if request.debian_family and foreign else {}
+    emulated = request.debian_family and not foreign.is_native(request.architecture)
+    by_architecture = FOREIGN_TOOLS if emulated else {}
     _require_tools({**TOOLS, **BASE_TOOLS[request.base_os], **by_architecture, **by_type})
     _require_keyring(request)
     _require_release(request)
-    _require_architecture(request.architecture, platform.machine())
+    _require_architecture(request.architecture)
     _require_namespaces()
     if available_memory() < BUILD_MEMORY:
         raise HostError(
@@ -234,14 +223,13 @@ def _require_release(request: Request) -> None:
         )
 
 
-def _require_architecture(wanted: Architecture, machine: str) -> None:
-    if wanted not in BIOS_ARCHITECTURES:
+def _require_architecture(wanted: Architecture) -> None:
+    if wanted not in LAYOUTS:
         raise HostError(
             f"images for {wanted} can be planned, not built: boot loaders are there for "
-            + ", ".join(sorted(BIOS_ARCHITECTURES))
+            + ", ".join(sorted(LAYOUTS))
         )
-    if default_architecture(machine) not in BIOS_ARCHITECTURES:
-        raise HostError(f"images for {wanted} cannot be built on {machine}")
+    foreign.require(wanted)
 
 
 def _require_namespaces() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from amphora_image import disk, tree
 from amphora_image.disk import MIB, Partition
 from amphora_image.ext4 import Ext4, FileSystem
-from amphora_image.partitions import BIOS_BOOT
+from amphora_image.partitions import BIOS_BOOT, ESP
 from amphora_image.request import ImageType
 from amphora_image.tree import Tree
 
@@ -51,6 +51,7 @@ class Image:
     :ivar root: the partition that ``file_system`` is on.
     :ivar first_sector: of the disk.
     :ivar bios: the content of the BIOS boot partition.
+    :ivar esp: paths of the EFI system partition's files.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Image:
     file_system: FileSystem | None = None
     first_sector: bytes = b""
     bios: bytes = b""
+    esp: tuple[str, ...] = ()
     marks: tuple[Mark, ...] = ()
 
 
@@ -99,7 +101,10 @@ def _read_disk(path: Path, kind: ImageType, patterns: Sequence[Pattern], scratch
     root = disk.root_partition(opened)
     file_system = Ext4(opened.raw, root, scratch)
     described = file_system.describe()
-    bios = [part for part in opened.partitions if part.type.upper() == BIOS_BOOT]
+    bios, esp = (
+        [part for part in opened.partitions if part.type.upper() == kind]
+        for kind in (BIOS_BOOT, ESP)
+    )
     found = file_system.tree()
     return Image(
         path.name,
@@ -112,8 +117,15 @@ def _read_disk(path: Path, kind: ImageType, patterns: Sequence[Pattern], scratch
         described,
         _bytes(opened.raw, 0, 512),
         b"".join(_bytes(opened.raw, part.start, min(part.size, 4 * MIB)) for part in bios[:1]),
+        tuple(path for part in esp[:1] for path in _fat_files(opened.raw, part, scratch)),
         _marks(opened.raw, root, file_system, described.block_size, found, patterns),
     )
+
+
+def _fat_files(raw: Path, part: Partition, scratch: Path) -> list[str]:
+    """List the files of a FAT file system, without the first slash; see :manpage:`mdir(1)`."""
+    listed = disk.bounded(["mdir", "-/", "-b", "-i", f"{raw}@@{part.start}", "::"], scratch)
+    return [line.removeprefix("::/") for line in listed.splitlines() if not line.endswith("/")]
 
 
 def _bytes(path: Path, start: int, count: int) -> bytes:

@@ -244,7 +244,11 @@ def read_request(args: argparse.Namespace, env: Mapping[str, str], machine: str)
         base_os=base_os,
         release=release_of(base_os, architecture, args.release or env.get("DIB_RELEASE")),
         agent=agent.choose(
-            env, ref=args.agent_ref, packages=args.agent_packages, git_base=access.git_base
+            env,
+            architecture,
+            ref=args.agent_ref,
+            packages=args.agent_packages,
+            git_base=access.git_base,
         ),
         image_types=types,
         size=size_in_gib(args.size),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from amphora_image import boot, heartbeats, members, network
+from amphora_image.board import board_for
 from amphora_image.boot import Machine
 from amphora_image.controller import ERRORS, HEARTBEAT_PORT, VIP_INTERFACE, Controller
 from amphora_image.errors import BootFailed
@@ -407,7 +408,7 @@ def prove(
     *,
     log: Path,
     accel: str = "auto",
-    firmware: str = "bios",
+    firmware: str | None = None,
     topology: str = "single",
     timeout: float = 3600.0,
     tell: Callable[[Milestone], None] = lambda milestone: None,
@@ -420,7 +421,7 @@ def prove(
     :param log: where to write the serial console's lines, each after its seconds since power-on;
         the second amphora's go to a file of the same name with ``.2`` at its end.
     :param accel: one of :data:`boot.ACCELERATORS`.
-    :param firmware: one of :data:`.firmware.FIRMWARES`.
+    :param firmware: one of :data:`.board.FIRMWARES`; None: the first for the architecture.
     :param topology: one of :data:`TOPOLOGIES`.
     :param timeout: seconds from power-on for the whole proof.
     :param tell: is called with each milestone that is reached.
@@ -430,7 +431,8 @@ def prove(
     """
     with contextlib.ExitStack() as undo:
         undo.enter_context(network.isolated())
-        accelerator = boot.choose_accelerator(image, accel)
+        computer = board_for(image, firmware)
+        accelerator = boot.choose_accelerator(image, accel, computer)
         report = Report(str(image), accelerator, topology, str(log))
         count, steps = TOPOLOGIES[topology]
         directory = undo.enter_context(tempfile.TemporaryDirectory(prefix="amphora-controller-"))
@@ -456,7 +458,7 @@ def prove(
                         accelerator=accelerator,
                         log=its_log,
                         number=number,
-                        firmware_name=firmware,
+                        computer=computer,
                     )
                 )
             )

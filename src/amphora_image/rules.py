@@ -12,7 +12,8 @@ from amphora_image.agent_locks.check_imports import COMMANDS
 from amphora_image.boot_loader import embed
 from amphora_image.errors import AmphoraImageError
 from amphora_image.image import Image
-from amphora_image.partitions import BIOS_BOOT, SECTOR
+from amphora_image.partitions import BIOS_BOOT, ESP, LAYOUTS, SECTOR
+from amphora_image.request import Architecture
 
 
 def words(text: str) -> frozenset[str]:
@@ -36,6 +37,9 @@ ENABLED = (
 )
 #: The agent writes units of its own for these.
 MASKED = ("haproxy.service", "keepalived.service")
+
+#: What a UEFI starts by itself, in EFI/BOOT (UEFI 2.10, table 3.2).
+EFI_LOADERS = {"amd64": "BOOTX64.EFI", "arm64": "BOOTAA64.EFI", "armhf": "BOOTARM.EFI"}
 
 #: Bytes: the drivers of virtual disks alone take more.
 MIN_INITRAMFS = 64 * 1024
@@ -121,8 +125,9 @@ def check_kernel(image: Image, _: Asked) -> Iterator[str]:
 
 
 def check_boot_loader(image: Image, _: Asked) -> Iterator[str]:
-    """The disk's first sector leads to GRUB, and its menu to the kernel and root file system."""
-    if not image.file_system or facts.read_architecture(image.tree) not in ("amd64", "i386"):
+    """The firmware finds GRUB, and GRUB's menu leads to the kernel and the root file system."""
+    architecture = facts.read_architecture(image.tree)
+    if not image.file_system or architecture not in LAYOUTS:
         return
     loader = facts.read_boot_loader(image)
     if not loader["entries"]:
@@ -134,6 +139,19 @@ def check_boot_loader(image: Image, _: Asked) -> Iterator[str]:
     for path in re.findall(r"^\s*(?:linux|initrd)\s+(\S+)", config, re.MULTILINE):
         if not image.tree.get(path):
             yield f"grub.cfg names {path}, which is missing"
+    firmware = {part.type for part in LAYOUTS[Architecture(architecture)]}
+    types = {part.type.upper() for part in image.partitions}
+    if BIOS_BOOT in firmware:
+        yield from _faults_for_bios(image, loader["signature"])
+    # An older image may start under a BIOS alone.
+    if ESP in firmware and (ESP in types or BIOS_BOOT not in firmware):
+        loaders = {path.upper() for path in image.esp}
+        if (wanted := f"EFI/BOOT/{EFI_LOADERS[architecture]}") not in loaders:
+            yield f"the EFI system partition has no {wanted}"
+
+
+def _faults_for_bios(image: Image, signature: bool) -> Iterator[str]:
+    """Tell what keeps a BIOS from starting GRUB."""
     bios = [part for part in image.partitions if part.type.upper() == BIOS_BOOT]
     start = bios[0].start // SECTOR if bios else 0
     contents = image.tree.contents
@@ -143,7 +161,7 @@ def check_boot_loader(image: Image, _: Asked) -> Iterator[str]:
     except AmphoraImageError as error:
         yield f"in /boot/grub {error}"
         return
-    if image.first_sector[: len(code)] != code or not loader["signature"]:
+    if image.first_sector[: len(code)] != code or not signature:
         yield "the first sector is not GRUB's, or leads elsewhere"
     if not image.bios.startswith(core):
         yield "GRUB's core image is not whole in the BIOS boot partition"

@@ -237,7 +237,7 @@ def as_image(found: Nodes) -> Image:
         FileSystem(LABEL, "uuid", ROOT_SIZE, 4096, MIB, "clean", tuple(FEATURES.split(","))),
         first_sector,
         bios,
-        tuple(sorted(marks, key=str)),
+        marks=tuple(sorted(marks, key=str)),
     )
 
 

@@ -20,9 +20,11 @@ from pathlib import Path
 import pytest
 
 from amphora_image import boot, container, network, proof
+from amphora_image.board import BOARDS
 from amphora_image.check import Finding
 from amphora_image.page import write_page
 from amphora_image.report import Milestone, Report, Span
+from amphora_image.request import Architecture
 
 
 @pytest.fixture(autouse=True)
@@ -278,7 +280,11 @@ def test_uefi_starts_the_disk(
     with (
         network.isolated(),
         boot.power_on(
-            debian_image, {}, accelerator="tcg", log=log, firmware_name=firmware
+            debian_image,
+            {},
+            accelerator="tcg",
+            log=log,
+            computer=BOARDS[Architecture.AMD64][firmware],
         ) as machine,
     ):
         started = boot.SERIAL_MILESTONES["systemd starts"]

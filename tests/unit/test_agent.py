@@ -47,7 +47,7 @@ def test_environment_round_trip(source: agent.AgentSource) -> None:
 
 def test_no_variable_is_the_newest_lock() -> None:
     """Without any setting the agent comes from a lock."""
-    assert agent.source_from({}) == agent.choose({}) == agent.Locked()
+    assert agent.source_from({}) == agent.choose({}, "amd64") == agent.Locked()
 
 
 def test_unknown_kind_of_source() -> None:
@@ -85,13 +85,13 @@ def test_choose(
     variables: dict[str, str], options: dict[str, object], source: agent.AgentSource
 ) -> None:
     """Options and the variables of Octavia's script select a source; an option beats a variable."""
-    assert agent.choose(variables, **options) == source  # type: ignore[arg-type]
+    assert agent.choose(variables, "arm64", **options) == source  # type: ignore[arg-type]
 
 
 def test_choose_refuses_both_options() -> None:
     """An agent cannot come from Git and from packages."""
     with pytest.raises(BadValue, match="exclude each other"):
-        agent.choose({}, ref="master", packages=True)
+        agent.choose({}, "amd64", ref="master", packages=True)
 
 
 @pytest.mark.parametrize(
@@ -223,9 +223,15 @@ def test_no_python(tmp_path: Path, links: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("architecture", ["i386", "armhf", "ppc64le"])
 def test_no_wheels_for_the_architecture(tmp_path: Path, architecture: str) -> None:
-    """An architecture without wheels stops before anything is fetched."""
+    """An architecture without wheels has packages, and nothing else even if that is asked for."""
+    assert agent.choose({}, architecture) == agent.Packaged()
+    assert agent.choose({}, architecture, packages=True) == agent.Packaged()
+    refused = f"for {architecture}; they are for amd64, arm64"
+    with pytest.raises(BadValue, match=refused) as error:
+        agent.choose({}, architecture, ref="master")
+    assert error.value.hint == "add -p"
     root = tree(tmp_path, python3="python3.13")
-    with pytest.raises(AmphoraImageError, match=f"{architecture}.*amd64, arm64"):
+    with pytest.raises(BadValue, match=refused):
         agent.install(root, agent.Locked(), architecture=architecture, environ={})
 
 

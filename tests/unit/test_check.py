@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -15,9 +16,10 @@ import pytest
 from fake_image import BREAKS, Break, as_image, asked, directory, file, nodes
 from rich.console import Console
 
-from amphora_image import check, safety
+from amphora_image import check, disk, safety
 from amphora_image.errors import BadValue
 from amphora_image.image import Image, Mark
+from amphora_image.partitions import ESP
 from amphora_image.request import ImageType
 from amphora_image.rules import Asked
 
@@ -105,6 +107,50 @@ def test_fips_mode(configured: bool | None) -> None:
 def test_broken_otherwise(rule: str, image: Image, expected: Asked) -> None:
     """What is wrong with a disk, or with what was asked, is found by the named rule alone."""
     assert broken(image, expected) == {rule}
+
+
+#: Where a UEFI looks.
+EFI_PARTITION = disk.Partition("esp", ESP, 3 * 2**20, 2**20)
+
+
+def for_uefi(machine: int, *partitions: disk.Partition, esp: tuple[str, ...] = ()) -> Image:
+    """An image for another ELF machine, with more partitions, and the files of one of them."""
+    found = nodes()
+    elf = bytearray(found["usr/lib/systemd/systemd"].data)
+    struct.pack_into("<H", elf, 18, machine)
+    found["usr/lib/systemd/systemd"] = file(bytes(elf), 0o755)
+    image = as_image(found)
+    return replace(image, partitions=(*image.partitions, *partitions), esp=esp)
+
+
+@pytest.mark.parametrize(
+    ("image", "finding"),
+    [
+        (for_uefi(62), None),
+        (for_uefi(62, EFI_PARTITION, esp=("EFI/BOOT/BOOTX64.EFI",)), None),
+        (for_uefi(62, EFI_PARTITION, esp=("EFI/BOOT/BOOTAA64.EFI",)), "BOOTX64.EFI"),
+        (for_uefi(183, EFI_PARTITION, esp=("efi/boot/bootaa64.efi", "EFI/a")), None),
+        (for_uefi(183, EFI_PARTITION, esp=("EFI/BOOTAA64.EFI",)), "no EFI/BOOT/BOOTAA64.EFI"),
+        (for_uefi(183), "no EFI/BOOT/BOOTAA64.EFI"),
+        (for_uefi(40, EFI_PARTITION, esp=("EFI/BOOT/BOOTARM.EFI",)), None),
+        (for_uefi(40, EFI_PARTITION), "no EFI/BOOT/BOOTARM.EFI"),
+        (for_uefi(3), None),
+    ],
+)
+def test_uefi_finds_its_loader(image: Image, finding: str | None) -> None:
+    """A disk whose firmware is a UEFI has what that starts, for its own architecture."""
+    told = check.findings(image, asked())
+    assert {each.rule for each in told} == ({"boot-loader"} if finding else set())
+    assert all(str(finding) in each.what for each in told)
+
+
+def test_bios_is_not_asked_of_other_architectures() -> None:
+    """Where there is no BIOS nobody looks for its boot loader; GRUB's menu counts everywhere."""
+    image = for_uefi(183, EFI_PARTITION, esp=("EFI/BOOT/BOOTAA64.EFI",))
+    bare = replace(image, bios=b"", first_sector=bytes(512))
+    assert check.findings(bare, asked()) == []
+    renamed = replace(bare, file_system=replace(bare.file_system, label="other"))  # type: ignore[type-var]
+    assert broken(renamed) == {"boot-loader"}
 
 
 def test_file_system_with_a_name_that_is_none() -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from amphora_image import host
+from amphora_image import foreign, host
 from amphora_image.access import Access
 from amphora_image.errors import AmphoraImageError, HostError
 from amphora_image.host import Host, Mirrors
@@ -110,6 +110,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
         targets="",
         os={"ID": "debian", "VERSION_CODENAME": "trixie"},
         name="x86_64",
+        runs=set(),
     )
     have.keyring.touch()
     have.releases.touch()
@@ -128,6 +129,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     monkeypatch.setattr(host, "UBUNTU_RELEASES", have.releases)
     monkeypatch.setattr(host, "run", run)
     monkeypatch.setattr(host, "available_memory", lambda: have.memory)
+    monkeypatch.setattr(host.foreign, "runs", lambda architecture: architecture in have.runs)
     monkeypatch.setattr(host.os, "geteuid", lambda: have.uid)
     monkeypatch.setattr(host.shutil, "which", which)
     monkeypatch.setattr(host.shutil, "disk_usage", lambda _: SimpleNamespace(free=have.free))
@@ -182,11 +184,22 @@ def test_a_host_that_has_all(
         ({"free": 2**30}, {"on_disk": True}, "has 1024 MiB free; 4096 are needed", "-w chooses"),
         (
             {},
-            {"architecture": Architecture.ARM64},
-            "images for arm64 can be planned, not built",
+            {"architecture": Architecture.PPC64LE},
+            "images for ppc64le can be planned, not built: boot loaders are there for amd64, arm64",
             None,
         ),
-        ({"name": "aarch64"}, {}, "images for amd64 cannot be built on aarch64", None),
+        (
+            {"missing": {"qemu-aarch64-static"}},
+            {"architecture": Architecture.ARM64},
+            "programs for arm64 do not run here, and qemu-aarch64-static is not installed",
+            "apt-get install qemu-user-static",
+        ),
+        (
+            {"name": "aarch64", "missing": {"qemu-x86_64-static"}},
+            {},
+            "programs for amd64 do not run here, and qemu-x86_64-static is not installed",
+            "apt-get install qemu-user-static",
+        ),
     ],
 )
 def test_what_is_missing(
@@ -213,6 +226,23 @@ def test_own_architecture_needs_no_tool_for_others(
     """What tells whether foreign programs run is asked for a foreign architecture only."""
     machine.missing = {"arch-test"}
     host.require(a_request())
+
+
+@pytest.mark.parametrize(
+    ("name", "runs", "architecture"),
+    [("x86_64", {"i386"}, "i386"), ("aarch64", {"armhf"}, "armhf"), ("aarch64", set(), "arm64")],
+)
+def test_processor_that_runs_it_is_enough(
+    machine: SimpleNamespace,
+    a_request: Callable[..., Request],
+    name: str,
+    runs: set[str],
+    architecture: str,
+) -> None:
+    """An architecture whose programs run here needs no interpreter."""
+    machine.name, machine.runs = name, runs
+    machine.missing = {abi.interpreter for abi in foreign.ABIS.values()}
+    host.require(a_request(architecture=Architecture(architecture)))
 
 
 def test_given_keyring_is_enough(

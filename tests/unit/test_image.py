@@ -58,6 +58,7 @@ def test_kernel_and_boot_loader() -> None:
         "signature": True,
         "entries": ["Amphora"],
         "command_line": "root=LABEL=root-label ro",
+        "efi": [],
     }
 
 
