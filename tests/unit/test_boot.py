@@ -51,6 +51,14 @@ def test_image_is_opened_by_its_format_and_never_written(name: str, disk_format:
     assert drive.endswith(",snapshot=on")
 
 
+def test_translated_code_is_bounded() -> None:
+    """What TCG has made of a guest's code does not pile up until the guest reboots."""
+    argv = boot.qemu_argv(Path("/a.raw"), "tcg")
+    accelerator, *options = argv[argv.index("-accel") + 1].split(",")
+    assert accelerator == "tcg"
+    assert any(option.startswith("tb-size=") for option in options)
+
+
 def test_comma_in_a_path_is_escaped() -> None:
     """A comma in the image's path does not end the value; spaces and quotes need nothing."""
     argv = boot.qemu_argv(Path("/im, 'ages/ä.raw"), "tcg")
