@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from amphora_image import plan
-from amphora_image.request import RELEASES, BaseOS
+from amphora_image.request import RELEASES, Architecture, BaseOS
 
 ELEMENTS = sorted(path for path in plan.ELEMENTS.iterdir() if path.is_dir())
 #: Directories of an element whose scripts diskimage-builder runs, by their names' ending.
@@ -129,6 +129,14 @@ def test_package_lists_parse(packages: Path) -> None:
             match = re.fullmatch(r"(\w+) !?= \S+", options["when"])
             assert match is not None
             assert match[1] in ALWAYS_SET
+
+
+@pytest.mark.parametrize("packages", PACKAGE_LISTS, ids=name)
+def test_package_lists_name_architectures(packages: Path) -> None:
+    """diskimage-builder compares what is between commas with its name of the architecture."""
+    known = {str(plan.DEBIAN_ARCHITECTURE.get(each, each)) for each in Architecture}
+    for options in yaml.safe_load(packages.read_text()).values():
+        assert set((options or {}).get("arch", "amd64").split(",")) <= known
 
 
 @pytest.mark.parametrize("mapping", PACKAGE_MAPS, ids=name)
