@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from configparser import ConfigParser
 from pathlib import Path
 
-from amphora_image import agent, host, plan, sandbox
+from amphora_image import agent_source, host, plan, sandbox
 from amphora_image.workspace import Workspace, workspace
 from bench.measure import Run, Span, measure, spans
 
@@ -129,7 +129,7 @@ def authorities() -> Path:
 def environment(space: Workspace, size: int) -> dict[str, str]:
     """Return the environment of a build; ``size`` of the disk in GiB."""
     pins = space.root / "constraints.txt"
-    pins.write_text(constraints(agent.lock_of(agent.NEWEST).read_text()))
+    pins.write_text(constraints(agent_source.lock_of(agent_source.NEWEST).read_text()))
     masquerade = "amphora-agent/static/usr/local/lib/amphora/lvs-masquerade-nftables"
     variables = {
         **{name: value for name, value in os.environ.items() if not name.startswith("PIP_")},

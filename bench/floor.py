@@ -10,7 +10,7 @@ from pathlib import Path
 
 from uv import find_uv_bin
 
-from amphora_image import agent, sandbox
+from amphora_image import agent_source, sandbox
 from amphora_image.workspace import workspace
 from bench.measure import Run, Span, measure, spans
 
@@ -47,8 +47,8 @@ def steps_of(
     install = [
         *(find_uv_bin(), "--quiet", "pip", "install", "--no-deps", "--require-hashes"),
         *("--python", sys.executable, "--python-version", PYTHON),
-        *("--python-platform", agent.PLATFORMS["amd64"], "--target", str(site)),
-        *("--requirement", str(agent.lock_of(agent.series_for(PYTHON)))),
+        *("--python-platform", agent_source.PLATFORMS["amd64"], "--target", str(site)),
+        *("--requirement", str(agent_source.lock_of(agent_source.series_for(PYTHON)))),
     ]
     convert = ["qemu-img", "convert", "-O", "qcow2", "-c", "-m", "4", "-W"]
     return [

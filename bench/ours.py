@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from amphora_image import agent
+from amphora_image import agent_source
 from bench.measure import Run, Span, command, phases
 
 CHECKOUT = Path(__file__).parents[1]
@@ -121,7 +121,7 @@ def late_element_changed(checkout: Path) -> Iterator[None]:
 @contextmanager
 def agent_changed(checkout: Path) -> Iterator[None]:
     """Let the newest series' lock pin the agent of the series before while the block runs."""
-    newest, before = list(agent.SERIES)[:2]
+    newest, before = list(agent_source.SERIES)[:2]
     locks = checkout / "src/amphora_image/agent_locks"
     with _edited(locks / f"{newest}.txt", (locks / f"{before}.txt").read_text()):
         yield

@@ -14,13 +14,16 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-from amphora_image import agent, cache, netns_unit
+from amphora_image import agent, agent_source, cache, netns_unit
 from amphora_image.agent_locks.check_imports import COMMANDS
 from amphora_image.errors import AmphoraImageError, BadValue
 from amphora_image.run import run
 
 #: What decides the environment beside the source and the image's Python.
-OWN_FILES = (Path(__file__), Path(agent.__file__), *sorted(agent.LOCKS.glob("*.*")))
+OWN_FILES = (
+    *(Path(__file__), Path(agent.__file__), Path(agent_source.__file__)),
+    *sorted(agent_source.LOCKS.glob("*.*")),
+)
 
 
 def entry_of(root: Path, environ: Mapping[str, str]) -> Path:
@@ -42,16 +45,16 @@ def provide(root: Path, environ: Mapping[str, str]) -> None:
 
     :raises AmphoraImageError: as :func:`agent.install`, or the agent's imports fail.
     """
-    source = agent.source_from(environ)
+    source = agent_source.source_from(environ)
 
     def install() -> None:
         agent.install(root, source, architecture=environ["ARCH"], environ=environ)
 
-    if isinstance(source, agent.Packaged):
+    if isinstance(source, agent_source.Packaged):
         install()  # a file of ours; the packages are in the root file system
         return
     entry = entry_of(root, environ)
-    fixed = isinstance(source, agent.Locked) or bool(environ.get("DIB_OFFLINE"))
+    fixed = isinstance(source, agent_source.Locked) or bool(environ.get("DIB_OFFLINE"))
     if fixed and not environ.get(cache.FRESH) and cache.use(entry):
         cache.unpack(entry, root)
     else:

@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from rich.console import Console
 
-from amphora_image import agent, build, cache
+from amphora_image import agent_source, build, cache
 from amphora_image.errors import BadValue
 from amphora_image.host import Host, Mirrors
 from amphora_image.manifest import sha256_of
@@ -81,7 +81,7 @@ def asked(request: Request, plan: Plan) -> dict[str, Any]:
         "release (-d)": request.release,
         "architecture (-a)": str(request.architecture),
         "kernel (-k)": plan.environment["AMPHORA_KERNEL_PACKAGE"],
-        "agent (-g, -p)": agent.environment(request.agent),
+        "agent (-g, -p)": agent_source.environment(request.agent),
         "apt sources (--mirror)": plan.environment["AMPHORA_APT_SOURCES"].splitlines(),
         "elements": list(plan.elements),
         "SOURCE_DATE_EPOCH": request.environment.source_date_epoch,

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from amphora_image import agent, bundle, cache, check, host
+from amphora_image import agent, agent_source, bundle, cache, check, host
 from amphora_image.board import FIRMWARES
 from amphora_image.build import build, signals_interrupt
 from amphora_image.build_all import Line, SomeFailed, build_all, jobs_here, plan_builds, read_lines
@@ -97,7 +97,7 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _lock(args: argparse.Namespace) -> None:
-    series = [args.series] if args.series else agent.SERIES
+    series = [args.series] if args.series else agent_source.SERIES
     print(*agent.refresh_locks(os.environ, series, constraints=args.constraints), sep="\n")
 
 

@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from amphora_image import agent, archives, cache
+from amphora_image import agent_source, archives, cache
 from amphora_image.manifest import sha256_of
 from amphora_image.plan import Plan
 from amphora_image.request import ImageType, Request
@@ -100,7 +100,9 @@ def _can_be_known(request: Request) -> bool:
         *(env.dib_repo, env.local_image, request.root_password, request.offline),
     )
     return (
-        request.debian_family and not any(others) and not isinstance(request.agent, agent.FromGit)
+        request.debian_family
+        and not any(others)
+        and not isinstance(request.agent, agent_source.FromGit)
     )
 
 

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
-from amphora_image import agent, host, reproducible
+from amphora_image import agent_source, host, reproducible
 from amphora_image.access import SETTINGS, Access
 from amphora_image.errors import BadValue
 from amphora_image.request import (
@@ -243,7 +243,7 @@ def read_request(args: argparse.Namespace, env: Mapping[str, str], machine: str)
         backend=choice(Backend, "-b (backend)", args.backend),
         base_os=base_os,
         release=release_of(base_os, architecture, args.release or env.get("DIB_RELEASE")),
-        agent=agent.choose(
+        agent=agent_source.choose(
             env,
             architecture,
             ref=args.agent_ref,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amphora_image import agent, reproducible
+from amphora_image import agent_source, reproducible
 from amphora_image.access import redacted
 from amphora_image.errors import BadValue
 from amphora_image.host import Host
@@ -210,7 +210,7 @@ def _environment(request: Request, host: Host) -> dict[str, str]:
     command_line = [words for words, wanted in COMMAND_LINE_ROWS if wanted(request)]
     command_line += [env.command_line] if env.command_line else []
     variables = {
-        "AMPHORA_AGENT_FROM_PACKAGES": str(int(isinstance(request.agent, agent.Packaged))),
+        "AMPHORA_AGENT_FROM_PACKAGES": str(int(isinstance(request.agent, agent_source.Packaged))),
         "AMPHORA_KERNEL_PACKAGE": kernel,
         "CLOUD_INIT_DATASOURCES": env.datasources,
         "DIB_APT_LOCAL_CACHE": "0",  # one apt cache for two builds is locked by the first
@@ -222,7 +222,7 @@ def _environment(request: Request, host: Host) -> dict[str, str]:
         "DIB_PYTHON_VERSION": "3",
         "DIB_RELEASE": request.release,
         "DISTRO_NAME": str(request.base_os),
-        **agent.environment(request.agent),
+        **agent_source.environment(request.agent),
         **request.access.environment(),
     }
     if request.debian_family:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from amphora_image.access import Access
-from amphora_image.agent import AgentSource
+from amphora_image.agent_source import AgentSource
 from amphora_image.errors import BadValue
 
 GIB = 1024**3

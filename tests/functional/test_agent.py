@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from uv import find_uv_bin
 
-from amphora_image import agent
+from amphora_image import agent, agent_source
 from amphora_image.agent_locks.check_imports import COMMANDS
 from amphora_image.errors import AmphoraImageError
 
@@ -36,7 +36,7 @@ def regular_files(root: Path) -> Iterator[Path]:
 def image(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tree with the newest locked agent, by the Python it has."""
     root = tree(tmp_path_factory.mktemp("image"), request.param)
-    agent.install(root, agent.Locked(), architecture="amd64", environ=os.environ)
+    agent.install(root, agent_source.Locked(), architecture="amd64", environ=os.environ)
     return root
 
 
@@ -88,7 +88,7 @@ def test_nothing_of_the_host(image: Path) -> None:
 def test_packages(image: Path) -> None:
     """The manifest's names and versions are those of the lock."""
     found = agent.packages(image)
-    lock = agent.lock_of(agent.NEWEST).read_text()
+    lock = agent_source.lock_of(agent_source.NEWEST).read_text()
     assert list(found) == sorted(found)
     assert f"octavia=={found['octavia']} " in lock
     assert f"octavia-lib=={found['octavia-lib']} " in lock
@@ -99,7 +99,7 @@ def test_install_again(tmp_path: Path) -> None:
     root = tree(tmp_path, "3.12")
     (root / "opt/amphora-agent/lib/python3.9").mkdir(parents=True)
     for _ in range(2):
-        agent.install(root, agent.Locked("2026.1"), architecture="arm64", environ=os.environ)
+        agent.install(root, agent_source.Locked("2026.1"), architecture="arm64", environ=os.environ)
     assert not (root / "opt/amphora-agent/lib/python3.9").exists()
     assert agent.packages(root)["octavia"].startswith("18.")
     machines = {path.read_bytes()[18] for path in root.rglob("*.so")}
@@ -114,7 +114,7 @@ def test_other_content_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(agent, "LOCKS", locks)
     root = tree(tmp_path / "image", "3.13")
     with pytest.raises(AmphoraImageError, match=r"[Hh]ash"):
-        agent.install(root, agent.Locked("2026.2"), architecture="amd64", environ=os.environ)
+        agent.install(root, agent_source.Locked("2026.2"), architecture="amd64", environ=os.environ)
     assert agent.packages(root) == {}
 
 
@@ -149,7 +149,7 @@ def repository(tmp_path: Path) -> Path:
 def test_git(repository: Path, tmp_path: Path) -> None:
     """Octavia at a Git ref, with octavia-lib and all else as its series pins them."""
     root = tree(tmp_path / "image", "3.13")
-    source = agent.FromGit("18.0.9", repository=str(repository))
+    source = agent_source.FromGit("18.0.9", repository=str(repository))
     agent.install(root, source, architecture="amd64", environ=os.environ)
     found = agent.packages(root)
     assert found["octavia"] == "18.0.9"
@@ -163,7 +163,7 @@ def test_git_with_constraints(repository: Path, tmp_path: Path) -> None:
     root = tree(tmp_path / "image", "3.13")
     constraints = tmp_path / "upper-constraints.txt"
     constraints.write_text("octavia-lib===3.10.0\noctavia===1.0\n")
-    source = agent.FromGit(repository=str(repository), constraints=constraints.as_uri())
+    source = agent_source.FromGit(repository=str(repository), constraints=constraints.as_uri())
     agent.install(root, source, architecture="amd64", environ=os.environ)
     found = agent.packages(root)
     assert found["octavia"].startswith("18.0.10.dev1")
@@ -173,7 +173,7 @@ def test_git_with_constraints(repository: Path, tmp_path: Path) -> None:
 def test_git_ref_that_is_not_there(repository: Path, tmp_path: Path) -> None:
     """A misspelt ref is named in the error."""
     root = tree(tmp_path / "image", "3.13")
-    source = agent.FromGit("stable/2026.1x", repository=str(repository))
+    source = agent_source.FromGit("stable/2026.1x", repository=str(repository))
     with pytest.raises(AmphoraImageError, match=r"stable/2026.1x"):
         agent.install(root, source, architecture="amd64", environ=os.environ)
 
@@ -199,7 +199,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if platform.machine() != "x86_64":
         pytest.skip("the host cannot run the image's modules")
     root = tree(tmp_path_factory.mktemp("native"), f"3.{sys.version_info.minor}")
-    agent.install(root, agent.Locked(), architecture="amd64", environ=os.environ)
+    agent.install(root, agent_source.Locked(), architecture="amd64", environ=os.environ)
     home = root / "opt/amphora-agent"
     base = Path(sys.base_prefix, "bin", f"python3.{sys.version_info.minor}")
     (home / "bin/python3").unlink()

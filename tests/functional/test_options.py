@@ -22,7 +22,7 @@ import pytest
 from conftest import COMMAND
 from fake_image import run as amphora_image
 
-from amphora_image import agent
+from amphora_image import agent_source
 from amphora_image.agent_locks.check_imports import COMMANDS
 from amphora_image.image import Image, Pattern, read_image
 
@@ -98,7 +98,7 @@ def git_base(tmp_path_factory: pytest.TempPathFactory) -> str:
     """
     base = tmp_path_factory.mktemp("git")
     released = metadata.distribution("octavia")
-    repository = base / agent.PROJECT
+    repository = base / agent_source.PROJECT
     unwanted = shutil.ignore_patterns("__pycache__", "tests")
     shutil.copytree(str(released.locate_file("octavia")), repository / "octavia", ignore=unwanted)
     required = [line for line in released.requires or () if "extra ==" not in line]
@@ -110,7 +110,7 @@ def git_base(tmp_path_factory: pytest.TempPathFactory) -> str:
     )
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "tag.gpgSign=no"]
     for words in (
-        ("init", "-q", "-b", f"stable/{agent.NEWEST}"),
+        ("init", "-q", "-b", f"stable/{agent_source.NEWEST}"),
         ("add", "."),
         ("commit", "-q", "-m", "release"),
         ("tag", "-a", "-m", "release", released.version),
@@ -146,7 +146,7 @@ def test_check(image: str, request: pytest.FixtureRequest) -> None:
 @pytest.fixture(scope="module")
 def login(build: Build, git_base: str) -> Built:
     """``-r PASSWORD -g REF --git-base URL``; the image is searched for the password."""
-    options = ("-r", PASSWORD, "-g", f"stable/{agent.NEWEST}", "--git-base", git_base)
+    options = ("-r", PASSWORD, "-g", f"stable/{agent_source.NEWEST}", "--git-base", git_base)
     return build(*options, patterns=[pattern(PASSWORD)])
 
 
@@ -173,10 +173,11 @@ def test_agent_from_git(login: Built) -> None:
     """The agent is that of the branch's last commit, everything else that of its series."""
     release = metadata.version("octavia").split(".")
     expected = ".".join([*release[:-1], str(int(release[-1]) + 1), "dev1"])
+    newest = agent_source.SERIES[agent_source.NEWEST]
     for packages in (login.facts["python_packages"], login.manifest["python_packages"]):
         assert packages["octavia"] == expected
-        assert packages["octavia-lib"].startswith(agent.SERIES[agent.NEWEST].octavia_lib)
-    assert login.manifest["request"]["agent"]["ref"] == f"stable/{agent.NEWEST}"
+        assert packages["octavia-lib"].startswith(newest.octavia_lib)
+    assert login.manifest["request"]["agent"]["ref"] == f"stable/{agent_source.NEWEST}"
 
 
 def test_not_on_disk(login: Built) -> None:

@@ -23,7 +23,7 @@ from diskimage_builder.paths import get_path
 from rpm_repository import KERNEL, make_elements, make_repository, names
 from tiny import Elements, Scene
 
-from amphora_image import agent, facts, packages, plan
+from amphora_image import agent_source, facts, packages, plan
 from amphora_image.check import check_image
 from amphora_image.host import Host
 from amphora_image.image import Image, read_image
@@ -167,8 +167,8 @@ def fedora(built: Mapping[BaseOS, Amphora]) -> Amphora:
 @pytest.mark.parametrize(
     ("architecture", "nftables", "agent_source"),
     [
-        (Architecture.AMD64, True, agent.Locked()),
-        (Architecture.ARM64, False, agent.Packaged()),
+        (Architecture.AMD64, True, agent_source.Locked()),
+        (Architecture.ARM64, False, agent_source.Packaged()),
     ],
 )
 def test_names(
@@ -177,7 +177,7 @@ def test_names(
     older: bool,
     architecture: Architecture,
     nftables: bool,
-    agent_source: agent.AgentSource,
+    agent_source: agent_source.AgentSource,
 ) -> None:
     """Every package that elements ask for, and the kernel, is one that the release has."""
     older_release, newer_release = sorted(RELEASES[base_os], key=number)

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import settings
 
 from amphora_image import options
-from amphora_image.agent import Locked
+from amphora_image.agent_source import Locked
 from amphora_image.request import Architecture, BaseOS, Request
 
 # The same examples each time: a unit test that fails does so everywhere.

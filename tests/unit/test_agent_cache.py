@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from amphora_image import agent, agent_cache, cache
+from amphora_image import agent, agent_cache, agent_source, cache
 
 Provide = Callable[..., list[str]]
 
@@ -92,8 +92,14 @@ def test_what_makes_it_counts(
 def test_own_files() -> None:
     """The locks and all code that writes the environment count."""
     names = {path.name for path in agent_cache.OWN_FILES}
-    assert {"agent.py", "agent_cache.py", "check_imports.py", "amphora_lazy.py"} <= names
-    assert {f"{series}.txt" for series in agent.SERIES} <= names
+    assert {
+        "agent.py",
+        "agent_cache.py",
+        "agent_source.py",
+        "check_imports.py",
+        "amphora_lazy.py",
+    } <= names
+    assert {f"{series}.txt" for series in agent_source.SERIES} <= names
 
 
 def test_git_is_taken_offline_alone(provide: Provide) -> None:

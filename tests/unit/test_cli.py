@@ -449,7 +449,7 @@ def test_lock_verb(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     monkeypatch.setattr(cli.agent, "refresh_locks", refresh)
     assert cli.main(["lock"]) == 0
     assert cli.main(["lock", "--series", "2026.1", "--constraints", "limits.txt"]) == 0
-    assert asked == [(list(cli.agent.SERIES), None), (["2026.1"], "limits.txt")]
+    assert asked == [(list(cli.agent_source.SERIES), None), (["2026.1"], "limits.txt")]
     assert capsys.readouterr().out == "/locks/one.txt\n" * 2
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from amphora_image import cache, image_cache
 from amphora_image.access import Access
-from amphora_image.agent import FromGit, Locked, Packaged
+from amphora_image.agent_source import FromGit, Locked, Packaged
 from amphora_image.host import Host, Mirrors
 from amphora_image.image_cache import Key, Made, digests_of, keep, key_of, take
 from amphora_image.plan import make_plan

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from amphora_image import manifest
-from amphora_image.agent import FromGit
+from amphora_image.agent_source import FromGit
 from amphora_image.errors import AmphoraImageError
 from amphora_image.host import Host
 from amphora_image.plan import make_plan
