@@ -23,8 +23,9 @@ from amphora_image.errors import AmphoraImageError
 from amphora_image.run import run
 
 #: Drivers of virtual disks and their file system; a kernel may have some of them built in.
+#: ext4 names its checksums' driver in no dependency: it asks the kernel for one that is loaded.
 DRIVERS = (
-    *("virtio_pci", "virtio_mmio", "virtio_blk", "virtio_scsi", "sd_mod", "ext4"),
+    *("virtio_pci", "virtio_mmio", "virtio_blk", "virtio_scsi", "sd_mod", "crc32c_generic", "ext4"),
     *("ahci", "ata_piix", "nvme", "xen_blkfront", "hv_vmbus", "hv_storvsc"),
     *("vmw_pvscsi", "mptspi"),
 )
@@ -49,6 +50,11 @@ PATIENCE = 60
 INIT = f"""\
 #!/bin/sh
 export PATH=/bin
+# The kernel panics when it ends, which a cloud and a proof notice; a shell would wait for ever.
+fail() {{
+    echo "initramfs: $1"
+    exit 1
+}}
 mkdir -p /proc /sys /dev /root
 mount -t devtmpfs devtmpfs /dev
 mount -t proc proc /proc
@@ -62,19 +68,18 @@ for word in $(cat /proc/cmdline); do
         rootflags=*) flags=,${{word#rootflags=}} ;;
     esac
 done
-modprobe -q ext4
+modprobe -a -q crc32c_generic ext4
 turns={PATIENCE * 10}
 until device=$(findfs "$root" 2> /dev/null) || [ -b "${{device:=$root}}" ]; do
     # A driver that was loaded may show devices that ask for another: their aliases come next turn.
     modprobe -a -q $(find /sys/devices -name modalias -exec cat {{}} +) 2> /dev/null
     turns=$((turns - 1))
     if [ $turns -eq 0 ]; then
-        echo "initramfs: no disk with the root file system $root"
-        exec sh
+        fail "no disk with the root file system $root"
     fi
     sleep 0.1
 done
-mount -t ext4 -o "$mode$flags" "$device" /root || exec sh
+mount -t ext4 -o "$mode$flags" "$device" /root || fail "$device is no root file system"
 mount --move /dev /root/dev
 mount --move /sys /root/sys
 mount --move /proc /root/proc

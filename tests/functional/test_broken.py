@@ -37,14 +37,19 @@ def kernel(debian_image: Path) -> str:
     return path.removeprefix("boot/vmlinuz-")
 
 
-def without(path: str, whole: Path, raw: Path) -> Path:
-    """A copy of the disk without one of its files."""
+def changed(command: str, whole: Path, raw: Path) -> Path:
+    """A copy of the disk with a change to its root file system, a command of debugfs(8)."""
     subprocess.run(["cp", "--sparse=always", whole, raw], check=True)
     root = disk.root_partition(disk.open_disk(raw, raw.parent))
-    remove = ["debugfs", "-w", "-R", f"rm {path}", f"{raw}?offset={root.start}"]
-    said = subprocess.run(remove, check=True, capture_output=True, text=True).stderr
+    change = ["debugfs", "-w", "-R", command, f"{raw}?offset={root.start}"]
+    said = subprocess.run(change, check=True, capture_output=True, text=True).stderr
     assert said.count("\n") == 1, said  # the version of debugfs alone
     return raw
+
+
+def without(path: str, whole: Path, raw: Path) -> Path:
+    """A copy of the disk without one of its files."""
+    return changed(f"rm {path}", whole, raw)
 
 
 def test_no_initramfs(whole: Path, kernel: str, tmp_path: Path) -> None:
@@ -53,6 +58,15 @@ def test_no_initramfs(whole: Path, kernel: str, tmp_path: Path) -> None:
     report = proof.prove(raw, log=tmp_path / "serial.log", accel="tcg")
     assert report.failure.startswith("agent answers: the machine stopped")
     assert "Kernel panic - not syncing: VFS: Unable to mount root fs" in report.failure
+
+
+@pytest.mark.broken
+def test_no_root_file_system(whole: Path, tmp_path: Path) -> None:
+    """An initramfs that finds no root file system says so, and ends instead of waiting."""
+    raw = changed("set_super_value volume_name other", whole, tmp_path / "broken.raw")
+    report = proof.prove(raw, log=tmp_path / "serial.log", accel="tcg")
+    assert report.failure.startswith("agent answers: the machine stopped")
+    assert "no disk with the root file system LABEL=cloudimg-rootfs" in report.failure
 
 
 @pytest.mark.broken
