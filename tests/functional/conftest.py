@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -52,14 +53,25 @@ def debian_image(debian_cache: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="session")
-def ubuntu_archive(tmp_path_factory: pytest.TempPathFactory) -> Archive:
-    """An archive as Ubuntu's, for a mirror to serve.
+def ubuntu_archives(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Archive]:
+    """An archive as Ubuntu's for a release, for a mirror to serve; each is made once.
 
     AMPHORA_TEST_CACHE names a directory for Debian's packages, which are else fetched anew.
     """
-    directory = tmp_path_factory.mktemp("archive")
-    cache = os.environ.get("AMPHORA_TEST_CACHE")
-    return make_archive(directory, Path(cache) if cache else directory / "cache")
+
+    @functools.cache
+    def archive(release: str) -> Archive:
+        directory = tmp_path_factory.mktemp(release)
+        kept = os.environ.get("AMPHORA_TEST_CACHE")
+        return make_archive(directory, Path(kept) if kept else directory / "cache", release)
+
+    return archive
+
+
+@pytest.fixture(scope="session")
+def ubuntu_archive(ubuntu_archives: Callable[[str], Archive]) -> Archive:
+    """An archive as that of Ubuntu's default release."""
+    return ubuntu_archives("noble")
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ def regular_files(root: Path) -> Iterator[Path]:
     return (path for path in root.rglob("*") if path.is_file() and not path.is_symlink())
 
 
-@pytest.fixture(scope="module", params=["3.13", "3.11"])
+@pytest.fixture(scope="module", params=["3.13", "3.11", "3.10"])
 def image(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tree with the newest locked agent, by the Python it has."""
     root = tree(tmp_path_factory.mktemp("image"), request.param)
@@ -88,7 +88,8 @@ def test_nothing_of_the_host(image: Path) -> None:
 def test_packages(image: Path) -> None:
     """The manifest's names and versions are those of the lock."""
     found = agent.packages(image)
-    lock = agent_source.lock_of(agent_source.NEWEST).read_text()
+    series = agent_source.series_for(agent.python_version(image))
+    lock = agent_source.lock_of(series).read_text()
     assert list(found) == sorted(found)
     assert f"octavia=={found['octavia']} " in lock
     assert f"octavia-lib=={found['octavia-lib']} " in lock

@@ -41,10 +41,7 @@ ENDINGS = {"": None, ".expired": timedelta(days=-1)}
 DEBIAN_KERNEL = "linux-image-cloud-amd64"
 
 #: What the kernel's packages and the changed ones need, beyond what elements ask for.
-FURTHER = (
-    *("adduser", "apt", "dhcpcd-base", "grub-efi-amd64", "linux-base", "netplan.io"),
-    "ubuntu-keyring",
-)
+FURTHER = ("adduser", "apt", "dhcpcd-base", "grub-efi-amd64", "linux-base", "netplan.io")
 
 
 @dataclass(frozen=True)
@@ -109,17 +106,22 @@ def make_archive(directory: Path, cache: Path, release: str = "noble") -> Archiv
     :param cache: directory for what Debian's archive holds; it may be used again.
     """
     row = tables()["releases"][release]
-    from_debian = [name for name, how in names("archive").items() if how == "debian"]
+    hows = {"debian", "agent"} if row["agent"] else {"debian"}
+    wanted = [name for name, how in names("archive").items() if how in hows]
     debian = Debian(cache / row["debian"], row["debian"])
-    packages = {package.name: package for package in debian.fetch([*from_debian, *FURTHER])}
+    found = debian.fetch([*wanted, *FURTHER, *row["further"]])
+    packages = {package.name: package for package in found if package.name not in row["without"]}
     work = directory / "made"
     work.mkdir(parents=True)
-    for name, change in tables()["changes"].items():
-        packages[name] = changed(packages[name], change, {**row, "codename": release}, work)
-    made = [*packages.values(), *kernel_packages(debian.fetch_alone(DEBIAN_KERNEL), row, work)]
+    for change in tables()["changes"]:
+        if release in change["releases"]:
+            package = packages.pop(change["package"])
+            made = changed(package, change, {**row, "codename": release}, work)
+            packages[made.name] = made
+    kernel = Debian(cache / row["kernel_of"], row["kernel_of"]).fetch_alone(DEBIAN_KERNEL)
     archive = Archive(directory / "ubuntu", directory / "keyring.gpg", release)
     with key(archive.keyring) as gpg:
-        publish(archive, made, row, gpg)
+        publish(archive, [*packages.values(), *kernel_packages(kernel, row, work)], row, gpg)
     return archive
 
 
@@ -197,7 +199,9 @@ def changed(
         (tree / path).unlink()
         conffiles.write_text(conffiles.read_text().replace(f"/{path}\n", ""))
     overlay = DATA / "overlays" / package.name
-    for source in sorted(path for path in overlay.rglob("*") if path.is_file()):
+    patterns = change.get("overlay", ("**/*",))
+    sources = {path for pattern in patterns for path in overlay.glob(pattern) if path.is_file()}
+    for source in sorted(sources):
         target = tree / source.relative_to(overlay)
         target.parent.mkdir(parents=True, exist_ok=True)
         text = source.read_text()
@@ -214,6 +218,7 @@ def changed(
     for old, new in change.get("replace", {}).items():
         fields["Depends"] = fields["Depends"].replace(old, new)
     fields["Version"] += "ubuntu1"
+    fields["Package"] = change.get("name", package.name)
     return packed(tree, {key: text for key, text in fields.items() if text})
 
 
@@ -233,18 +238,26 @@ def packed(tree: Path, fields: Mapping[str, str]) -> Package:
     return Package(fields, file)
 
 
-def kernel_packages(debian: Package, row: Mapping[str, str], work: Path) -> Iterator[Package]:
+def kernel_packages(debian: Package, row: Mapping[str, Any], work: Path) -> Iterator[Package]:
     """Yield Ubuntu's kernel packages with Debian's kernel in them, and the metapackages."""
     abi, first = row["kernel"], row["first_kernel"]
     version = f"{abi}-generic"
     image, modules = work / f"linux-image-{version}", work / f"linux-modules-{version}"
     run("dpkg-deb", "--extract", debian.file, modules)
-    (old,) = (path.name for path in (modules / "usr/lib/modules").iterdir())
-    tree = (modules / "usr/lib/modules" / old).rename(modules / "usr/lib/modules" / version)
-    shutil.rmtree(modules / "usr/share")
+    (modules / "usr/lib").rename(modules / "lib")
+    shutil.rmtree(modules / "usr")
+    (old,) = (path.name for path in (modules / "lib/modules").iterdir())
+    tree = (modules / "lib/modules" / old).rename(modules / "lib/modules" / version)
     for path in (modules / "boot").iterdir():
         path.rename(path.with_name(path.name.replace(old, version)))
-    with_zstd(tree)
+    unpack_modules(tree)
+    if row["zstd"]:
+        run("zstd", "--quiet", "-3", "-T0", "--rm", *sorted(tree.rglob("*.ko")))
+    configuration = modules / f"boot/config-{version}"
+    text = configuration.read_text()
+    configuration.write_text(
+        text.replace("CONFIG_CRYPTO_FIPS=y", "# CONFIG_CRYPTO_FIPS is not set")
+    )
     (image / "boot").mkdir(parents=True)
     vmlinuz = (modules / f"boot/vmlinuz-{version}").rename(image / f"boot/vmlinuz-{version}")
     kernel_name.rename(vmlinuz, old, version)
@@ -288,14 +301,11 @@ def kernel_packages(debian: Package, row: Mapping[str, str], work: Path) -> Iter
             yield packed(meta, fields)
 
 
-def with_zstd(tree: Path) -> None:
-    """Compress modules as Ubuntu does, which Debian does with xz."""
-    files = sorted(tree.rglob("*.ko.xz"))
-    for file in files:
+def unpack_modules(tree: Path) -> None:
+    """Unpack modules, which Debian compresses with xz."""
+    for file in sorted(tree.rglob("*.ko.xz")):
         file.with_suffix("").write_bytes(lzma.decompress(file.read_bytes()))
         file.unlink()
-    plain = [file.with_suffix("") for file in files]
-    run("zstd", "--quiet", "-3", "-T0", "--rm", *plain)
 
 
 @contextmanager
@@ -313,7 +323,7 @@ def key(keyring: Path) -> Iterator[list[str]]:
 
 
 def publish(
-    archive: Archive, packages: Iterable[Package], row: Mapping[str, str], gpg: Sequence[str]
+    archive: Archive, packages: Iterable[Package], row: Mapping[str, Any], gpg: Sequence[str]
 ) -> None:
     """Write pool and suites of an archive."""
     known = names(archive.release)
