@@ -11,6 +11,8 @@ import configparser
 import datetime
 import logging
 import secrets
+import socket
+import ssl
 import uuid
 import warnings
 from collections.abc import Sequence
@@ -25,6 +27,7 @@ from cryptography.x509.oid import NameOID
 
 from amphora_image import network
 from amphora_image.boot import AGENT_PORT
+from amphora_image.members import PATIENCE
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of libraries about each other
@@ -237,6 +240,24 @@ class Controller:
         }
         info = self.driver.get_info(amphora, raise_retry_exception=True, timeout_dict=once)
         return dict(info)
+
+    def certificate_of(self, amphora: Any) -> str:
+        """Return the certificate, PEM, that an agent shows to its controller.
+
+        An agent whose TLS is 1.2 shows none to a client that has none itself.
+
+        :raises OSError: it cannot be reached, or is not that amphora for our authority.
+        """
+        context = ssl.create_default_context(cadata=self.server_ca.certificate)
+        context.load_cert_chain(self.directory / "client.pem")
+        place = (amphora.lb_network_ip, AGENT_PORT)
+        with (
+            socket.create_connection(place, timeout=PATIENCE) as plain,
+            context.wrap_socket(plain, server_hostname=amphora.id) as tls,
+        ):
+            shown = tls.getpeercert(binary_form=True)
+        assert shown  # verified
+        return ssl.DER_cert_to_PEM_cert(shown)
 
     def plug_vip(self, amphora: Any, mac: str) -> None:
         """Tell the agent that a card with the VIPs was plugged in."""

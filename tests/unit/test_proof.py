@@ -10,11 +10,12 @@ import threading
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from amphora_image import boot, proof
+from amphora_image import boot, controller, proof
 from amphora_image.controller import Authority, Complaints
 from amphora_image.heartbeats import Heartbeats
 from amphora_image.proof import Proof, run_steps
@@ -183,6 +184,24 @@ def test_strangers_are_refused(
         client.load_cert_chain(pem)
     with agent(servers(True), b"hello") as place:
         assert proof.refuses(place, client, "an-id") is refused
+
+
+def test_certificate_is_shown_to_the_controller(
+    authorities: tuple[Authority, Authority],
+    servers: Callable[[bool], ssl.SSLContext],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With TLS 1.2 too, in which a server ends the handshake of a client without a certificate."""
+    (tmp_path / "client.pem").write_text(authorities[1].issue("controller"))
+    context = servers(True)
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    its: Any = SimpleNamespace(server_ca=authorities[0], directory=tmp_path)
+    with agent(context, b"") as place:
+        monkeypatch.setattr(controller, "AGENT_PORT", place[1])
+        amphora = SimpleNamespace(id="an-id", lb_network_ip=place[0])
+        shown = controller.Controller.certificate_of(its, amphora)
+    assert shown.strip() in (tmp_path / "server.pem").read_text()
 
 
 def test_an_answer_of_any_kind_is_no_refusal(
