@@ -22,7 +22,7 @@ import pytest
 from conftest import COMMAND
 from fake_image import run as amphora_image
 
-from amphora_image import agent_source
+from amphora_image import agent_source, proof
 from amphora_image.agent_locks.check_imports import COMMANDS
 from amphora_image.image import Image, Pattern, read_image
 
@@ -296,6 +296,13 @@ def test_agent_is_the_distributions(packaged: Built) -> None:
         assert first.removeprefix("#!").strip() == "/usr/bin/python3"
     ours = {path for path, _ in packaged.image.tree.under("opt/amphora-agent")}
     assert ours == {"opt/amphora-agent/bin", "opt/amphora-agent/bin/check-imports"}
+
+
+@pytest.mark.options
+def test_agent_of_the_distribution_balances_load(packaged: Built, tmp_path: Path) -> None:
+    """It does all that Octavia wants, with the units and scripts of our element."""
+    report = proof.prove(packaged.file, log=tmp_path / "serial.log")
+    assert report.failure == ""
 
 
 @pytest.mark.options
