@@ -280,6 +280,20 @@ def test_fips(hardened: Built) -> None:
     assert hardened.facts["kernels"][0]["fips"] is True
 
 
+@pytest.mark.options
+def test_it_balances_load(hardened: Built, tmp_path: Path) -> None:
+    """In FIPS mode and confined it does all that Octavia wants, and is denied nothing."""
+    log = tmp_path / "serial.log"
+    report = proof.prove(hardened.file, log=log)
+    assert report.failure == ""
+    assert [each.name for each in report.milestones[2:]] == list(proof.SINGLE)
+    said = log.read_text(errors="replace")
+    assert f"Linux version {hardened.facts['kernels'][0]['version']} " in said
+    assert "AppArmor: AppArmor initialized" in said
+    assert "fips mode: enabled" in said
+    assert 'profile="amphora-haproxy"' not in said
+
+
 @pytest.fixture(scope="module")
 def packaged(build: Build) -> Built:
     """``-p``."""
