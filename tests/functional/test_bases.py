@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other releases and architectures than the default's: built here, checked, and balancing load."""
+"""Other releases and architectures than the default's: built here, checked, and booted."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from amphora_image.check import check_image
 from amphora_image.image import read_image
 from amphora_image.request import Architecture
 
-#: Seconds for a proof: processors that QEMU emulates on one of another kind are slow.
-TIMEOUT = 7200
+#: Seconds for a whole proof, and for one of an agent that does not get so far.
+WHOLE, PART = 7200, 900
 
 
 @dataclass(frozen=True)
@@ -31,21 +31,29 @@ class Base:
     """A release of Debian for an architecture.
 
     :ivar secured: whether each mirror has its security updates whole; else there are none.
+    :ivar reaches: the last milestone that its agent must reach.
     """
 
     release: str
     architecture: Architecture
     secured: bool = True
+    reaches: str = list(proof.SINGLE)[-1]
+
+    @property
+    def timeout(self) -> int:
+        """Seconds for its proof."""
+        return WHOLE if self.reaches == list(proof.SINGLE)[-1] else PART
 
 
 BASES = [
     pytest.param(base, id=f"{base.release}-{base.architecture}", marks=mark)
     for base, mark in (
         (Base("bookworm", Architecture.AMD64), pytest.mark.bases),
-        # The last release with a kernel for it.
-        (Base("bookworm", Architecture.I386, secured=False), pytest.mark.bases),
+        # The last release with a kernel for it. There are no wheels for these two: their agent is
+        # that of the release's packages, octavia 11, which does less of what Octavia asks today.
+        (Base("bookworm", Architecture.I386, False, "strangers refused"), pytest.mark.bases),
         (Base("trixie", Architecture.ARM64), pytest.mark.arm),
-        (Base("bookworm", Architecture.ARMHF, secured=False), pytest.mark.arm),
+        (Base("bookworm", Architecture.ARMHF, False, "strangers refused"), pytest.mark.arm),
     )
 ]
 
@@ -126,8 +134,11 @@ def test_computer_is_the_architectures(image: Path, base: Base) -> None:
     assert board_for(image) == board_for(bare) == expected
 
 
-def test_it_balances_load(image: Path, tmp_path: Path) -> None:
-    """The image does all that Octavia wants of an amphora."""
-    report = proof.prove(image, log=tmp_path / "serial.log", accel="tcg", timeout=TIMEOUT)
-    assert report.failure == ""
-    assert [each.name for each in report.milestones[2:]] == list(proof.SINGLE)
+def test_it_works(base: Base, image: Path, tmp_path: Path) -> None:
+    """The image does what Octavia wants of an amphora: all of it, but for an agent of packages."""
+    steps = list(proof.SINGLE)
+    wanted = steps[: steps.index(base.reaches) + 1]
+    report = proof.prove(image, log=tmp_path / "serial.log", accel="tcg", timeout=base.timeout)
+    reached = [each.name for each in report.milestones[2:] if each.seconds is not None]
+    assert reached[: len(wanted)] == wanted, report.failure
+    assert report.failure == "" or wanted != steps
