@@ -25,9 +25,6 @@ from amphora_image.request import BaseOS
 
 DATA = Path(__file__).parents[1] / "data/rpm"
 
-#: The kernel that the package kernel-core says it has.
-KERNEL = "6.17.1-300.x86_64"
-
 UNIT = "[Service]\nExecStart=/bin/true\n[Install]\nWantedBy=multi-user.target\n"
 
 #: What only people read.
@@ -106,13 +103,12 @@ def make_repository(directory: Path) -> Repository:
         run(*gpg, "--armor", "--output", made.key, "--export")
         words = {
             "boot_image": "x" * 510 + "\x55\xaa",
-            "kernel": KERNEL,
             "kernel_image": "\0" * 0x202 + "HdrS",  # what tells that a file is a kernel
             "key": made.key.read_text(),
             "minor": str(Path("/usr/bin/python3").resolve()).rpartition(".")[2],
         }
         payload = directory / "payload"
-        packages = write_payload(payload, words)
+        packages = make_payload(payload, words)
         build(directory, payload, packages, made.root)
         home = gpg[gpg.index("--homedir") + 1]
         macros = {
@@ -126,47 +122,86 @@ def make_repository(directory: Path) -> Repository:
     return made
 
 
-def write_payload(payload: Path, words: Mapping[str, str]) -> list[str]:
-    """Write what each package holds, below its name; return the names of all packages."""
+@dataclass(frozen=True)
+class Payload:
+    """What the packages hold, each below its name in a directory.
 
-    def filled(text: str) -> str:
-        return re.sub(r"\{(\w+)\}", lambda found: words.get(found[1], found[0]), text)
+    :ivar words: what stands for ``{word}`` in texts and paths.
+    """
 
-    table = tables()
-    for package, programs in table["programs"].items():
+    root: Path
+    words: Mapping[str, str]
+
+    def filled(self, text: str) -> str:
+        """Return a text with the words put in."""
+        return re.sub(r"\{(\w+)\}", lambda found: self.words.get(found[1], found[0]), text)
+
+    def add_programs(self, package: str, programs: str) -> None:
+        """Add programs of this host."""
         for program in programs.split():
             path = shutil.which(program, path="/usr/sbin:/usr/bin:/sbin:/bin")
             assert path, f"{program} is not on this host"
-            copy(Path(path), payload / package)
-    for package, sources in table["debian"].items():
-        listed = run("dpkg-query", "--listfiles", *filled(sources).split()).splitlines()
+            copy(Path(path), self.root / package)
+
+    def add_debian(self, package: str, sources: str) -> None:
+        """Add the files of Debian packages of this host."""
+        listed = run("dpkg-query", "--listfiles", *self.filled(sources).split()).splitlines()
         for path in dict.fromkeys(listed):
             if not UNREAD.fullmatch(path):
-                copy(Path(path), payload / package, follow_links=False)
-    for library in libraries(payload):
-        copy(library, payload / "glibc")
-    for package, units in table["units"].items():
+                copy(Path(path), self.root / package, follow_links=False)
+
+    def add_libraries(self, package: str) -> None:
+        """Add the libraries of this host that all programs and libraries are linked to."""
+        binaries = [path for path in self.root.rglob("*") if path.is_file() and is_elf(path)]
+        linked = subprocess.run(["ldd", *binaries], capture_output=True, text=True, check=False)
+        for path in dict.fromkeys(re.findall(r"(/\S+) \(0x", linked.stdout)):
+            copy(Path(path), self.root / package)
+
+    def add_units(self, package: str, units: str) -> None:
+        """Add units of systemd that can be enabled."""
         for unit in units.split():
-            write(payload / package / "usr/lib/systemd/system" / unit, UNIT)
-    for package, links in table["links"].items():
+            write(self.root / package / "usr/lib/systemd/system" / unit, UNIT)
+
+    def add_links(self, package: str, links: Mapping[str, str]) -> None:
+        """Add symbolic links, path -> target; they replace what is there."""
         for path, target in links.items():
-            link = payload / package / path
+            link = self.root / package / path
             link.parent.mkdir(parents=True, exist_ok=True)
             link.unlink(missing_ok=True)
-            link.symlink_to(filled(target))
-    for package, files in table["files"].items():
+            link.symlink_to(self.filled(target))
+
+    def add_files(self, package: str, files: Mapping[str, str], modes: Mapping[str, int]) -> None:
+        """Add files, path -> text, and directories, whose path ends with ``/``."""
         for path, text in files.items():
-            file = payload / package / filled(path)
+            file = self.root / package / self.filled(path)
             if path.endswith("/"):
                 file.mkdir(parents=True, exist_ok=True)
             else:
-                write(file, filled(text))
+                write(file, self.filled(text))
             usual = 0o755 if path.endswith("/") or text.startswith("#!") else 0o644
-            file.chmod(table["modes"].get(path, usual))
-    listed = names("name")
-    return sorted(
-        {*listed, *table["base"], *table["further"], *(p.name for p in payload.iterdir())}
-    )
+            file.chmod(modes.get(path, usual))
+
+
+def make_payload(root: Path, words: Mapping[str, str]) -> list[str]:
+    """Write what the tables say that the packages hold; return the names of all packages."""
+    table = tables()
+    payload = Payload(root, words)
+    for package, programs in table["programs"].items():
+        payload.add_programs(package, programs)
+    for package, sources in table["debian"].items():
+        payload.add_debian(package, sources)
+    payload.add_libraries("glibc")
+    for package, units in table["units"].items():
+        payload.add_units(package, units)
+    for package, links in table["links"].items():
+        payload.add_links(package, links)
+    for package, files in table["files"].items():
+        payload.add_files(package, files, table["modes"])
+    for package, version in table["kernels"].items():
+        of_version = Payload(root, {**words, "kernel": version})
+        of_version.add_files(package, table["kernel"], table["modes"])
+    made = {path.name for path in root.iterdir()}
+    return sorted({*names("name"), *table["base"], *table["further"], *made})
 
 
 def write(file: Path, text: str) -> None:
@@ -184,13 +219,6 @@ def copy(path: Path, tree: Path, *, follow_links: bool = True) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     shutil.copy2(path, target, follow_symlinks=follow_links)
-
-
-def libraries(tree: Path) -> Iterable[Path]:
-    """Return the libraries of this host that the programs and libraries in a tree are linked to."""
-    binaries = [path for path in tree.rglob("*") if path.is_file() and is_elf(path)]
-    linked = subprocess.run(["ldd", *binaries], capture_output=True, text=True, check=False).stdout
-    return sorted({Path(path) for path in re.findall(r"(/\S+) \(0x", linked)})
 
 
 def is_elf(path: Path) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 import mirror
 import pytest
 from diskimage_builder.paths import get_path
-from rpm_repository import KERNEL, make_elements, make_repository, names
+from rpm_repository import make_elements, make_repository, names, tables
 from tiny import Elements, Scene
 
 from amphora_image import agent_source, facts, packages, plan
@@ -41,9 +41,13 @@ RPM_FAMILY = [base_os for base_os in BaseOS if base_os not in DEBIAN_FAMILY]
 
 #: What is built, each with other options.
 BUILT: Mapping[BaseOS, tuple[str, ...]] = {
-    BaseOS.CENTOS: ("-d", "10-stream", "-e", "-y"),
-    BaseOS.FEDORA: ("-d", "43", "-n"),
+    BaseOS.CENTOS: ("-d", "10-stream", "-e", "-y", "-k", "kernel-rt-core", "--ca-file", "ca.pem"),
+    BaseOS.FEDORA: ("-d", "43", "-n", "-m"),
 }
+
+
+#: Seconds that a build of all our elements may take on a busy machine.
+PATIENCE = 900
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,12 @@ class Amphora:
     file: Path
     image: Image
     said: str
+
+    @property
+    def kernel(self) -> str:
+        """The version of the kernel that was asked for."""
+        package = "kernel-rt-core" if "-k" in BUILT[self.base_os] else "kernel-core"
+        return str(tables()["kernels"][package])
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -118,13 +128,16 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     here = Scene(tmp_path_factory.mktemp("rpm"), Elements(elements, elements))
     for base_os in BUILT:
         make_elements(elements, base_os)
+    subject = ("-subj", "/CN=CA of the tests", "-days", "1", "-nodes")
+    files = ("-out", here.directory / "ca.pem", "-keyout", here.directory / "ca.key")
+    run("openssl", "req", "-x509", "-newkey", "rsa:2048", *subject, *files)
     yield here
     here.clear()
 
 
 @pytest.fixture(scope="module")
 def built(scene: Scene, tmp_path_factory: pytest.TempPathFactory) -> Mapping[BaseOS, Amphora]:
-    """Every amphora, built from the repository as the plan says."""
+    """Every amphora, built from the repository as the plan says, side by side."""
     repository = make_repository(tmp_path_factory.mktemp("repository"))
     amphorae = {}
     with mirror.serve(repository.root) as served:
@@ -133,10 +146,14 @@ def built(scene: Scene, tmp_path_factory: pytest.TempPathFactory) -> Mapping[Bas
             "DIB_ELEMENTS": "",
             "no_proxy": "127.0.0.1",
         }
-        for base_os, options in BUILT.items():
-            arguments = ("-i", base_os, "-s", "3", "-t", "raw", *options)
-            build = scene.start(base_os, *arguments, **variables)
-            status, said = build.end()
+        builds = {
+            base_os: scene.start(
+                base_os, "-i", base_os, "-s", "3", "-t", "raw", *options, **variables
+            )
+            for base_os, options in BUILT.items()
+        }
+        for base_os, build in builds.items():
+            status, said = build.end(PATIENCE)
             assert status == 0, said
             file = Path(f"{build.output}.raw")
             amphorae[base_os] = Amphora(base_os, file, read_image(file), said)
@@ -152,13 +169,13 @@ def amphora(request: pytest.FixtureRequest, built: Mapping[BaseOS, Amphora]) -> 
 
 @pytest.fixture
 def centos(built: Mapping[BaseOS, Amphora]) -> Amphora:
-    """CentOS Stream 10 with -e and -y."""
+    """CentOS Stream 10 with SELinux enforcing, FIPS mode, another kernel and a private CA."""
     return built[BaseOS.CENTOS]
 
 
 @pytest.fixture
 def fedora(built: Mapping[BaseOS, Amphora]) -> Amphora:
-    """Fedora with -n."""
+    """Fedora without SSH server, with pinned vCPUs."""
     return built[BaseOS.FEDORA]
 
 
@@ -213,8 +230,7 @@ def test_they_pass_the_check(amphora: Amphora) -> None:
 def test_packages_are_installed(amphora: Amphora) -> None:
     """What the plan's elements ask for, by the distribution's names, is in rpm's database."""
     installed = amphora.manifest["packages"]
-    common = {"haproxy", "keepalived", "iproute", "kernel-core", "selinux-policy-targeted"}
-    assert common <= installed.keys()
+    assert {"haproxy", "keepalived", "iproute", "selinux-policy-targeted"} <= installed.keys()
     own = {BaseOS.CENTOS: "NetworkManager", BaseOS.FEDORA: "systemd-networkd"}
     assert set(own.values()) & installed.keys() == {own[amphora.base_os]}
     assert ("dhcp-client" in installed) == (amphora.base_os is BaseOS.FEDORA)
@@ -226,12 +242,13 @@ def test_kernel(amphora: Amphora) -> None:
     """The kernel that was asked for is in /boot, alone, and GRUB starts it with its initramfs."""
     names = {path.removeprefix("boot/") for path, _ in amphora.image.tree.under("boot")}
     kernels = {name for name in names if "vmlinuz" in name or "initramfs" in name}
-    assert kernels == {f"vmlinuz-{KERNEL}", f".vmlinuz-{KERNEL}.hmac", f"initramfs-{KERNEL}.img"}
-    told = amphora.debugfs(f"cat /boot/initramfs-{KERNEL}.img").rstrip("\0").splitlines()
-    assert told[0] == f"dracut --force --no-hostonly /boot/initramfs-{KERNEL}.img {KERNEL}"
+    kernel = amphora.kernel
+    assert kernels == {f"vmlinuz-{kernel}", f".vmlinuz-{kernel}.hmac", f"initramfs-{kernel}.img"}
+    told = amphora.debugfs(f"cat /boot/initramfs-{kernel}.img").rstrip("\0").splitlines()
+    assert told[0] == f"dracut --force --no-hostonly /boot/initramfs-{kernel}.img {kernel}"
     menu = amphora.image.tree.text("boot/grub/grub.cfg")
-    assert f"linux /boot/vmlinuz-{KERNEL} root=LABEL=cloudimg-rootfs" in menu
-    assert f"initrd /boot/initramfs-{KERNEL}.img" in menu
+    assert f"linux /boot/vmlinuz-{kernel} root=LABEL=cloudimg-rootfs" in menu
+    assert f"initrd /boot/initramfs-{kernel}.img" in menu
     assert "lsm=" not in menu
 
 
@@ -273,7 +290,7 @@ def test_fips(centos: Amphora, fedora: Amphora) -> None:
     """Kernel, initramfs, the system's policy and sshd are told of FIPS mode, if asked for."""
     for amphora, wanted in ((centos, True), (fedora, False)):
         tree = amphora.image.tree
-        initramfs = amphora.debugfs(f"cat /boot/initramfs-{KERNEL}.img")
+        initramfs = amphora.debugfs(f"cat /boot/initramfs-{amphora.kernel}.img")
         told = (
             "fips=1" in amphora.facts["boot_loader"]["command_line"],
             'add_dracutmodules+=" fips "' in initramfs,
@@ -327,6 +344,25 @@ def test_settings_of_the_family(amphora: Amphora) -> None:
     assert hook is not None
     assert hook.permissions == 0o755
     assert tree.get("etc/logrotate.d/rsyslog") is None
+
+
+def test_private_ca(centos: Amphora) -> None:
+    """The image trusts the CA while it is built, and forgets it."""
+    anchors = "/etc/pki/ca-trust/source/anchors"
+    told = centos.image.tree.text("etc/pki/ca-trust/told").splitlines()
+    assert told == [f"trusted: {anchors}/amphora-image-1.crt", f"trusted: {anchors}/*"]
+    assert list(centos.image.tree.under(anchors.lstrip("/"))) == []
+
+
+def test_pinned_cpus(centos: Amphora, fedora: Amphora) -> None:
+    """Interrupts stay on the first vCPU and the others are HAProxy's alone, if asked for."""
+    for amphora, wanted in ((fedora, True), (centos, False)):
+        told = (
+            "irqaffinity=0" in amphora.facts["boot_loader"]["command_line"].split(),
+            "irqbalance.service" in amphora.facts["services"]["masked"],
+            amphora.image.tree.get("usr/lib/systemd/system/haproxy.slice") is not None,
+        )
+        assert told == (wanted,) * len(told)
 
 
 def test_agent(amphora: Amphora) -> None:

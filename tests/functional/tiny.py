@@ -133,9 +133,9 @@ class Build:
             assert time.monotonic() < deadline, f"no {text!r} in {self.log.read_text()[-2000:]}"
             time.sleep(0.05)
 
-    def end(self) -> tuple[int, str]:
+    def end(self, patience: float = PATIENCE) -> tuple[int, str]:
         """Wait for the end; return the exit status and what standard error says."""
-        _, said = self.process.communicate(timeout=PATIENCE)
+        _, said = self.process.communicate(timeout=patience)
         return self.process.returncode, said
 
 
