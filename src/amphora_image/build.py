@@ -25,7 +25,7 @@ from amphora_image.log import BuildLog, hint_for, that_matter
 from amphora_image.plan import Plan
 from amphora_image.request import GIB, ImageType, Request
 from amphora_image.run import run
-from amphora_image.sandbox import Command
+from amphora_image.sandbox import Command, Mount
 from amphora_image.workspace import SIGNALS, Workspace, undisturbed, workspace
 
 
@@ -210,6 +210,8 @@ def _build_environment(
             if name in {"DIB_IMAGE_CACHE", "UV_CACHE_DIR"}:
                 path.mkdir(parents=True, exist_ok=True)
         env[name] = ":".join(str(space.safe(path)) for path in paths)
+    if not request.debian_family:
+        _keep_dnf_apart(Path(env["DIB_IMAGE_CACHE"]), space)
     work = str(space.work)
     locks = request.cache_dir / "locks"
     locks.mkdir(exist_ok=True)
@@ -226,6 +228,17 @@ def _build_environment(
     if request.root_password is not None:
         env["AMPHORA_ROOT_PASSWORD_FILE"] = str(_password_file(request.root_password, space))
     return env
+
+
+def _keep_dnf_apart(cache_dir: Path, space: Workspace) -> None:
+    """Give a build a cache of its own in the place where diskimage-builder's elements share one.
+
+    dnf's lock is the number of a process, which another build's PID namespace does not have.
+    """
+    own, shared = space.root / "yum", cache_dir / "yum"
+    own.mkdir()
+    shared.mkdir(exist_ok=True)
+    space.mounts.append(Mount(str(own), str(shared)))
 
 
 def _password_file(password: str, space: Workspace) -> Path:

@@ -20,7 +20,7 @@ from amphora_image import workspace as ws
 from amphora_image.errors import AmphoraImageError, Interrupted
 from amphora_image.host import Host
 from amphora_image.plan import Plan, make_plan
-from amphora_image.request import Environment, ImageType, Request
+from amphora_image.request import BaseOS, Environment, ImageType, Request
 from amphora_image.sandbox import Command, Mount
 
 PASSWORD = "correct-horse"
@@ -182,6 +182,18 @@ def test_odd_paths_are_mounted(box: Sandbox, wish: Callable[..., Request], tmp_p
     first, second, *_ = env["ELEMENTS_PATH"].split(":")
     assert (first, sources[second]) == (str(tmp_path / "elements"), str(tmp_path / "more elements"))
     assert ws.SAFE_PATH.fullmatch(env["ELEMENTS_PATH"].replace(":", ""))
+
+
+def test_dnf_has_a_cache_of_its_own(
+    box: Sandbox, wish: Callable[..., Request], tmp_path: Path
+) -> None:
+    """Two builds with dnf that share a cache directory do not share dnf's lock."""
+    built(wish(base_os=BaseOS.ROCKY, release="10", cache_dir=tmp_path / "ca che"))
+    shared = Path(box.commands[1].env["DIB_IMAGE_CACHE"], "yum")
+    [own] = [mount.source for mount in box.mounts if mount.target == str(shared)]
+    assert Path(own).is_relative_to(tmp_path / "tmp")
+    built(wish())
+    assert "yum" not in str(box.mounts)
 
 
 def test_password_is_a_hash_in_a_file(
