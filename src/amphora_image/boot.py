@@ -61,7 +61,8 @@ SERIAL_MILESTONES = {
 }
 #: After one of these lines nothing more will come.
 FATAL = re.compile(
-    r"No bootable (option or )?device|Entering rescue mode|Kernel panic|KVM internal error"
+    r"No bootable (option or )?device|Entering rescue mode|Minimal BASH-like line editing"
+    r"|Kernel panic|KVM internal error"
     r"|Dropping to a shell|[Ee]mergency [Mm]ode"
 )
 #: Lines worth showing after a failure.

@@ -75,7 +75,7 @@ until device=$(findfs "$root" 2> /dev/null) || [ -b "${{device:=$root}}" ]; do
     modprobe -a -q $(find /sys/devices -name modalias -exec cat {{}} +) 2> /dev/null
     turns=$((turns - 1))
     if [ $turns -eq 0 ]; then
-        fail "no disk with the root file system $root"
+        fail "root file system $root not found"
     fi
     sleep 0.1
 done

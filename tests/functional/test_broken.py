@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -37,11 +38,13 @@ def kernel(debian_image: Path) -> str:
     return path.removeprefix("boot/vmlinuz-")
 
 
-def changed(command: str, whole: Path, raw: Path) -> Path:
-    """A copy of the disk with a change to its root file system, a command of debugfs(8)."""
+def changed(commands: Sequence[str], whole: Path, raw: Path) -> Path:
+    """A copy of the disk with changes to its root file system, commands of debugfs(8)."""
     subprocess.run(["cp", "--sparse=always", whole, raw], check=True)
     root = disk.root_partition(disk.open_disk(raw, raw.parent))
-    change = ["debugfs", "-w", "-R", command, f"{raw}?offset={root.start}"]
+    script = raw.with_suffix(".debugfs")
+    script.write_text("".join(f"{command}\n" for command in commands))
+    change = ["debugfs", "-w", "-f", script, f"{raw}?offset={root.start}"]
     said = subprocess.run(change, check=True, capture_output=True, text=True).stderr
     assert said.count("\n") == 1, said  # the version of debugfs alone
     return raw
@@ -49,7 +52,7 @@ def changed(command: str, whole: Path, raw: Path) -> Path:
 
 def without(path: str, whole: Path, raw: Path) -> Path:
     """A copy of the disk without one of its files."""
-    return changed(f"rm {path}", whole, raw)
+    return changed([f"rm {path}"], whole, raw)
 
 
 def test_no_initramfs(whole: Path, kernel: str, tmp_path: Path) -> None:
@@ -60,13 +63,25 @@ def test_no_initramfs(whole: Path, kernel: str, tmp_path: Path) -> None:
     assert "Kernel panic - not syncing: VFS: Unable to mount root fs" in report.failure
 
 
+def test_no_label(whole: Path, tmp_path: Path) -> None:
+    """A GRUB that finds no root file system is caught in seconds too, in its shell."""
+    raw = changed(["set_super_value volume_name other"], whole, tmp_path / "broken.raw")
+    report = proof.prove(raw, log=tmp_path / "serial.log", accel="tcg")
+    assert report.failure.startswith("agent answers: the machine stopped")
+    assert "no such device: cloudimg-rootfs" in report.failure
+
+
 @pytest.mark.broken
 def test_no_root_file_system(whole: Path, tmp_path: Path) -> None:
     """An initramfs that finds no root file system says so, and ends instead of waiting."""
-    raw = changed("set_super_value volume_name other", whole, tmp_path / "broken.raw")
+    menu = read_image(whole).tree.text("boot/grub/grub.cfg")
+    (tmp_path / "menu").write_text(menu.replace("root=LABEL=cloudimg-rootfs", "root=LABEL=other"))
+    path = "/boot/grub/grub.cfg"
+    commands = [f"rm {path}", f"write {tmp_path / 'menu'} {path}"]
+    raw = changed(commands, whole, tmp_path / "broken.raw")
     report = proof.prove(raw, log=tmp_path / "serial.log", accel="tcg")
     assert report.failure.startswith("agent answers: the machine stopped")
-    assert "no disk with the root file system LABEL=cloudimg-rootfs" in report.failure
+    assert "root file system LABEL=other not found" in report.failure
 
 
 @pytest.mark.broken
