@@ -112,7 +112,7 @@ def test_other_content_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     locks = tmp_path / "locks"
     locks.mkdir()
     (locks / "2026.2.txt").write_text(f"six==1.17.0 --hash=sha256:{'0' * 64}\n")
-    monkeypatch.setattr(agent, "LOCKS", locks)
+    monkeypatch.setattr(agent_source, "LOCKS", locks)
     root = tree(tmp_path / "image", "3.13")
     with pytest.raises(AmphoraImageError, match=r"[Hh]ash"):
         agent.install(root, agent_source.Locked("2026.2"), architecture="amd64", environ=os.environ)
