@@ -24,6 +24,8 @@ from amphora_image.request import Architecture
 
 #: Seconds for a whole proof, and for one of an agent that does not get so far.
 WHOLE, PART = 7200, 900
+#: The last milestone of a proof.
+LAST = list(proof.SINGLE)[-1]
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,12 @@ class Base:
     release: str
     architecture: Architecture
     secured: bool = True
-    reaches: str = list(proof.SINGLE)[-1]
+    reaches: str = LAST
 
     @property
     def timeout(self) -> int:
         """Seconds for its proof."""
-        return WHOLE if self.reaches == list(proof.SINGLE)[-1] else PART
+        return WHOLE if self.reaches == LAST else PART
 
 
 BASES = [

@@ -7,12 +7,12 @@ import io
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from amphora_image import check, cli, container, options, proof
+from amphora_image import cli, options
 from amphora_image.errors import (
     AmphoraImageError,
     BadValue,
@@ -22,7 +22,6 @@ from amphora_image.errors import (
     Interrupted,
 )
 from amphora_image.host import Host
-from amphora_image.report import Milestone, Report
 from amphora_image.request import BaseOS, ImageType, Request
 
 TEXT = "allowed is a number of gigabytes up to 2048, such as 2 or 2.5"
@@ -462,42 +461,3 @@ def test_values_that_are_no_files_are_looked_at_nowhere(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(cli.host, "look", look)
     assert cli.diskimage_create(["-s", "0"]) == 3
-
-
-def unreadable(_: Path) -> list[check.Finding]:
-    """Fail to look into an image."""
-    raise HostError("debugfs is missing")
-
-
-@pytest.mark.usefixtures("here")
-def test_failed_proof(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A failed boot proof is reported in every form that was asked for, and the exit code is 5."""
-    report = Report("a.qcow2", "tcg", "single", "a.log", failure="UDP balanced: timed out")
-    monkeypatch.setattr(proof, "prove", lambda *_, **__: report)
-    monkeypatch.setattr(check, "check_image", unreadable)
-    assert cli.main(["boot", "a.qcow2", "--json", "--report", "a.html"]) == 5
-    out, err = capsys.readouterr()
-    assert json.loads(out)["failure"] == "UDP balanced: timed out"
-    assert "error: UDP balanced: timed out" in err
-    assert "a.qcow2.serial.log" in err
-    page = (here / "a.html").read_text()
-    assert "timed out" in page
-    assert "<td>debugfs is missing" in page
-
-
-def test_container_proof(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A tar file is proved with podman, and its milestones are told as they are reached."""
-
-    def prove(tar: Path, *, tell: Callable[[Milestone], None]) -> Report:
-        tell(Milestone("imported", 2.5))
-        return Report(str(tar), "podman", "container", "")
-
-    monkeypatch.setattr(container, "prove", prove)
-    assert cli.main(["boot", "--container", "a.tar"]) == 0
-    out, err = capsys.readouterr()
-    assert "a.tar, container, under podman: passed" in out
-    assert "2.5 s  imported" in err
