@@ -67,7 +67,7 @@ def fetch(request: Request, plan: Plan, console: Console) -> list[str]:
     with _begun(request, plan, console) as (space, log):
         _place_work(request, space, console)
         *commands, _ = _commands(request, plan, space, {}, space.root / "contents.json")
-        _run_in_sandbox(space, commands, log)
+        _run_in_sandbox(request, space, commands, log)
         used = _used_file(space)
         entries = used.read_text().split() if used.exists() else []
     if not any(entry.startswith("rootfs/") for entry in entries):
@@ -106,8 +106,7 @@ def _make(
     """Make the image files in a sandbox."""
     _place_work(request, space, console)
     contents = space.root / "contents.json"
-    with foreign.programs(request.architecture):
-        _run_in_sandbox(space, _commands(request, plan, space, partial, contents), log)
+    _run_in_sandbox(request, space, _commands(request, plan, space, partial, contents), log)
     log.phase("checksums and manifest")
     # An image of other elements (DIB_ELEMENTS) may not tell what it holds.
     held = json.loads(contents.read_text()) if contents.exists() else {}
@@ -249,17 +248,20 @@ def _password_file(password: str, space: Workspace) -> Path:
     return path
 
 
-def _run_in_sandbox(space: Workspace, commands: list[Command], log: BuildLog) -> None:
-    process = sandbox.start(space.mounts, commands)
-    assert process.stdout
-    try:
-        for line in process.stdout:
-            log.line(line)
-        status = process.wait()
-    finally:
-        process.kill()
-        process.stdout.read()  # ends when the last process of the sandbox has ended
-        process.wait()
+def _run_in_sandbox(
+    request: Request, space: Workspace, commands: list[Command], log: BuildLog
+) -> None:
+    with foreign.programs(request.architecture):
+        process = sandbox.start(space.mounts, commands)
+        assert process.stdout
+        try:
+            for line in process.stdout:
+                log.line(line)
+            status = process.wait()
+        finally:
+            process.kill()
+            process.stdout.read()  # ends when the last process of the sandbox has ended
+            process.wait()
     if status:
         tail = "\n".join(that_matter(log.lines))
         raise AmphoraImageError(

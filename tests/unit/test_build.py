@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -20,7 +21,7 @@ from amphora_image import workspace as ws
 from amphora_image.errors import AmphoraImageError, Interrupted
 from amphora_image.host import Host
 from amphora_image.plan import Plan, make_plan
-from amphora_image.request import BaseOS, Environment, ImageType, Request
+from amphora_image.request import Architecture, BaseOS, Environment, ImageType, Request
 from amphora_image.sandbox import Command, Mount
 
 PASSWORD = "correct-horse"
@@ -122,6 +123,30 @@ def test_files_of_a_build(box: Sandbox, wish: Callable[..., Request], tmp_path: 
         assert record["files"][file.name] == {"sha256": digest, "bytes": file.stat().st_size}
         assert record["packages"] == {"haproxy": "3"}
         assert list(record["seconds"]) == ["preparation", "image files"]
+
+
+@pytest.mark.usefixtures("box")
+@pytest.mark.parametrize("work", [build.build, build.fetch])
+def test_programs_of_the_image_run(
+    wish: Callable[..., Request], monkeypatch: pytest.MonkeyPatch, work: Callable[..., object]
+) -> None:
+    """Whatever is made, the programs of its architecture run while the sandbox does."""
+    running: list[str] = []
+
+    @contextlib.contextmanager
+    def programs(architecture: Architecture) -> Iterator[None]:
+        running.append(str(architecture))
+        yield
+        running.clear()
+
+    def start(*_: object) -> None:
+        raise AmphoraImageError(f"running: {running}")
+
+    monkeypatch.setattr(build.foreign, "programs", programs)
+    monkeypatch.setattr(build.sandbox, "start", start)
+    request = wish(architecture=Architecture.ARM64)
+    with pytest.raises(AmphoraImageError, match=r"running: \['arm64'\]"):
+        work(request, make_plan(request, Host()), Console(file=io.StringIO()))
 
 
 def test_commands(box: Sandbox, wish: Callable[..., Request]) -> None:
