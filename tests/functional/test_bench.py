@@ -19,7 +19,7 @@ def test_command_is_measured(tmp_path: Path) -> None:
     """Seconds of the clock and of the CPU, its children's too, and when each line came."""
     run = measure.command(["sh", "-c", BUSY], tmp_path / "log", cwd=tmp_path)
     assert 1 <= run.seconds < 20
-    assert 0.1 < run.cpu_seconds <= run.seconds
+    assert 0.1 < run.cpu_seconds < run.seconds + 0.5, "one busy process and a kernel's rounding"
     (begun, _), (ended, _) = run.lines
     assert ended - begun >= 0.9
     assert [line.split()[1] for line in (tmp_path / "log").read_text().splitlines()] == [
