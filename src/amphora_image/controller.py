@@ -308,7 +308,7 @@ class Controller:
             load_balancer=self.load_balancer,
             default_pool=pool,
             insert_headers={},
-            connection_limit=100,
+            connection_limit=constants.DEFAULT_CONNECTION_LIMIT,
         )
 
     def update(self) -> None:
