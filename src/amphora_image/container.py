@@ -30,6 +30,8 @@ OPTIONS = (
     *("--rm", "--network", "host"),
     *("--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024"),
 )
+#: Of the listener, at a time: each takes four files of those that OPTIONS allow.
+CONNECTIONS = 100
 #: Seconds to wait for an answer of HAProxy: on a busy host podman copies long before it starts it.
 PATIENCE = 300.0
 
@@ -146,7 +148,7 @@ def wait(process: subprocess.Popen[str], what: str, attempt: Callable[[], bool |
 def haproxy_config(directory: Path, version: str) -> str:
     """Let Octavia's code render the configuration of one HTTP listener, with its log left out."""
     controller = Controller(directory, network.GATEWAY)
-    controller.listen("HTTP", HTTP, "HTTP", check_every=2)
+    controller.listen("HTTP", HTTP, "HTTP", check_every=2, connection_limit=CONNECTIONS)
     return controller.haproxy_config(version)
 
 

@@ -293,12 +293,14 @@ class Controller:
         pool_protocol: str | None,
         *,
         check_every: int | None = None,
+        connection_limit: int = constants.DEFAULT_CONNECTION_LIMIT,
         **more: Any,
     ) -> Any:
         """Add a listener, with a pool of all members if it is to have one.
 
         :param protocol: as in Octavia's API: ``HTTP``, ``TERMINATED_HTTPS`` ...
         :param check_every: seconds between health checks of the members; None: no checks.
+        :param connection_limit: connections at a time; -1: as many as Octavia ever allows.
         :param more: columns of Octavia's table of listeners.
         :returns: the listener, as Octavia's database has it.
         """
@@ -308,7 +310,7 @@ class Controller:
             load_balancer=self.load_balancer,
             default_pool=pool,
             insert_headers={},
-            connection_limit=constants.DEFAULT_CONNECTION_LIMIT,
+            connection_limit=connection_limit,
         )
 
     def update(self) -> None:
