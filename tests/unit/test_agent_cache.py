@@ -23,7 +23,10 @@ def tree(root: Path, python: str = "3.13") -> Path:
 
 @pytest.fixture
 def provide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Provide:
-    """A function that asks for an agent and tells what was done for it; programs are pretended."""
+    """A function that asks for an agent and tells what was done for it; programs are pretended.
+
+    Between the steps the image imports what it starts.
+    """
     did: list[str] = []
     trees = iter(range(100))
 
@@ -32,7 +35,6 @@ def provide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Provide:
         file.write_text(" ".join(paths))
 
     monkeypatch.setattr(agent, "install", lambda *_, **__: did.append("install"))
-    monkeypatch.setattr(agent_cache, "run", lambda argv: did.append(f"{argv[0]} {argv[2]}"))
     monkeypatch.setattr(cache, "pack", pack)
     monkeypatch.setattr(cache, "unpack", lambda *_: did.append("unpack"))
 
@@ -44,13 +46,16 @@ def provide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Provide:
             "DIB_IMAGE_CACHE": str(tmp_path / "cache"),
             **environ,
         }
-        agent_cache.provide(tree(tmp_path / f"tree-{next(trees)}", python), given)
+        root = tree(tmp_path / f"tree-{next(trees)}", python)
+        agent_cache.provide(root, given)
+        did.append("imports")
+        agent_cache.keep(root, given)
         return list(did)
 
     return ask
 
 
-MADE, TAKEN = ["install", f"chroot {agent.VERIFY[0]}", "pack"], ["unpack"]
+MADE, TAKEN = ["install", "imports", "pack"], ["unpack", "imports"]
 GIT = {"AMPHORA_AGENT_SOURCE": "git", "AMPHORA_AGENT_REF": "master"}
 
 
@@ -110,7 +115,7 @@ def test_git_is_taken_offline_alone(provide: Provide) -> None:
 
 def test_packages_of_the_distribution_are_not_kept(provide: Provide) -> None:
     """They are in the root file system."""
-    assert provide(AMPHORA_AGENT_SOURCE="packages") == ["install"]
+    assert provide(AMPHORA_AGENT_SOURCE="packages") == ["install", "imports"]
 
 
 def test_the_build_is_told_what_is_used(provide: Provide, tmp_path: Path) -> None:
@@ -122,10 +127,11 @@ def test_the_build_is_told_what_is_used(provide: Provide, tmp_path: Path) -> Non
     assert (tmp_path / "cache" / name).read_text() == "opt/amphora-agent"
 
 
-def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("words", [[], ["provide"], ["lose", "/"]], ids=str)
+def test_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """A wrong call of the module is told what is right."""
-    assert agent_cache.main([]) == 3
-    assert "agent_cache ROOT" in capsys.readouterr().err
+    assert agent_cache.main(words) == 3
+    assert "agent_cache {provide,keep} ROOT" in capsys.readouterr().err
 
 
 def test_main_tells_errors_without_traceback(
@@ -134,5 +140,5 @@ def test_main_tells_errors_without_traceback(
     """A failure is a message, a hint and an exit code."""
     for name, value in (("AMPHORA_AGENT_SOURCE", "locked"), ("ARCH", "amd64")):
         monkeypatch.setenv(name, value)
-    assert agent_cache.main([str(tmp_path)]) == 1
+    assert agent_cache.main(["provide", str(tmp_path)]) == 1
     assert re.match(r"error: no Python.*\nhint: install python3", capsys.readouterr().err)
