@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from amphora_image.errors import AmphoraImageError
@@ -68,15 +69,17 @@ def collect(elements: Mapping[str, Path], element_path: str, tools: Path) -> lis
         squash = tools / "package-installs/bin/package-installs-squash"
         run([python, squash, f"--elements={' '.join(elements)}", f"--path={element_path}", outfile])
         squashed = json.loads(outfile.read_text())
-    names: set[str] = set()
-    for element, packages in wanted(squashed).items():
+
+    def mapped(element: str, packages: list[str]) -> list[str]:
         map_file = elements[element] / "pkg-map"
-        if map_file.exists():
-            pkg_map = tools / "pkg-map/bin/pkg-map"
-            options = ["--missing-ok", "--pkg-map", str(map_file)]
-            packages = run([python, pkg_map, *options, *packages]).split()
-        names.update(packages)
-    return sorted(names)
+        if not map_file.exists():
+            return packages
+        pkg_map = tools / "pkg-map/bin/pkg-map"
+        return run([python, pkg_map, "--missing-ok", "--pkg-map", map_file, *packages]).split()
+
+    asked = wanted(squashed)
+    with ThreadPoolExecutor() as pool:
+        return sorted(set().union(*pool.map(mapped, asked, asked.values())))
 
 
 def main() -> None:
