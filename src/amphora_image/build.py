@@ -28,6 +28,13 @@ from amphora_image.run import run
 from amphora_image.sandbox import Command, Mount
 from amphora_image.workspace import SIGNALS, Workspace, undisturbed, workspace
 
+#: disk-image-create sleeps for a second at its end, in which its last lines are written: the
+#: sandbox waits for these anyway. Its scripts, and elements', sleep as they are asked to. (A
+#: function that :manpage:`bash(1)` takes from the environment.)
+NO_LAST_SLEEP = {
+    "BASH_FUNC_sleep%%": '() { [ "${0##*/}" = disk-image-create ] || command sleep "$@"; }'
+}
+
 
 def build(request: Request, plan: Plan, console: Console) -> list[Path]:
     """Build the image files of a request and return them, manifest and checksums beside them.
@@ -169,6 +176,7 @@ def _commands(
     scripts = space.safe(Path(sysconfig.get_path("scripts")))
     disk_image_create = [python, str(scripts / plan.argv[0]), *plan.argv[1:]]
     env["DIB_PYTHON_EXEC"] = _python_of_scripts(python, space)
+    env |= NO_LAST_SLEEP
     here = str(space.root)
     work = str(space.work)
     source = disk_writer.Source(
