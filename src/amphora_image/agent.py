@@ -40,9 +40,6 @@ from amphora_image.run import run
 #: Where the environment is, as the image sees it.
 HOME = "/opt/amphora-agent"
 
-#: Run inside the image: 0, or 1 and one line that names the module that cannot be imported.
-VERIFY = (f"{HOME}/bin/check-imports",)
-
 #: Pure Python that is built on the host where the agent is taken from Git; all else is a wheel.
 BUILT = ("octavia", "octavia-lib", "simplegeneric")
 
@@ -119,7 +116,8 @@ def install(
 
     Octavia calls haproxy-vrrp-check, amphora-health-checker and amphora-interface by bare name,
     out of keepalived and ``ip netns exec``, whose search path may be no more than /usr/bin:/bin.
-    `VERIFY` is left there for all sources; nothing else for `Packaged`.
+    Of `Packaged` nothing is left there but the one program that each source has: check-imports, to
+    run inside the image, which ends with 0, or with 1 and a line that names what is missing.
 
     :param root: the image's tree, whose newest Python runs the agent.
     :param architecture: of the image, "amd64".
