@@ -181,6 +181,15 @@ def test_agent_commands_start(root: Path) -> None:
         assert (root / "usr/bin" / command).is_symlink()
 
 
+def test_modules_of_packages_are_compiled(root: Path) -> None:
+    """All modules of cloud-init have byte code, and the program for it has its name again."""
+    modules = root / "usr/lib/python3/dist-packages/cloudinit"
+    compiled = {path.name.split(".")[0] for path in modules.glob("__pycache__/*.pyc")}
+    assert compiled == {path.stem for path in modules.glob("*.py")} != set()
+    assert (root / "usr/bin/py3compile").exists()
+    assert "py3compile" not in (root / "var/lib/dpkg/diversions").read_text()
+
+
 #: What stands for Octavia's command and the library that it imports last: file -> text.
 STAND_INS = {
     "octavia/__init__.py": "",
