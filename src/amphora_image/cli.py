@@ -334,7 +334,7 @@ def _verbs() -> argparse.ArgumentParser:
     checked.add_argument("-s", "--size", metavar="GB", help="disk size that is expected")
     boot = verb("boot", _boot, "Boot an image in QEMU and balance load with it.")
     boot.add_argument("image", metavar="IMAGE", help="a qcow2, raw or vhd file; not written to")
-    boot.add_argument("--container", action="store_true", help="IMAGE is a tar file: use podman")
+    boot.add_argument("--container", action="store_true", help="a tar or oci file: use podman")
     boot.add_argument("--firmware", choices=FIRMWARES, help="default: the architecture's first")
     boot.add_argument("--accel", choices=("auto", "kvm", "tcg"), default="auto")
     boot.add_argument("--log", help="serial log (default: IMAGE.serial.log in this directory)")

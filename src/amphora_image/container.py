@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The proof of a tar file: its HAProxy balances load in a container, as Octavia configures it."""
+"""The proof of a container's image: its HAProxy balances load, as Octavia configures it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ from amphora_image.run import run
 
 #: Program -> the package of Debian and Ubuntu that holds it.
 PROGRAMS = {"podman": "podman", "runc": "runc", "ip": "iproute2"}
+#: What podman calls the image here.
 IMAGE = "amphora"
+#: How the name of a file ends that holds an image and not a root file system.
+ARCHIVE = ".oci"
 #: Limits that a build host in a container may set as well, and the proof's own network.
 OPTIONS = (
     *("--rm", "--network", "host"),
@@ -36,25 +39,27 @@ CONNECTIONS = 100
 PATIENCE = 300.0
 
 
-def prove(tar: Path, *, tell: Callable[[Milestone], None] = lambda milestone: None) -> Report:
-    """Import a tar file with podman and balance load with the HAProxy in it.
+def prove(file: Path, *, tell: Callable[[Milestone], None] = lambda milestone: None) -> Report:
+    """Give podman a file and balance load with the HAProxy in it.
 
-    Nothing of it stays: podman keeps what it imports in a temporary directory.
+    Nothing of it stays: podman keeps its images in a temporary directory.
 
+    :param file: a root file system's tar, or an archive with an OCI image: its name ends in
+        :data:`ARCHIVE`.
     :param tell: is called with each milestone that is reached.
-    :returns: the report, also of a tar file that has failed.
+    :returns: the report, also of a file that has failed.
     :raises BadValue: the file is not there.
     :raises HostError: we are not root, a program is missing, or this host gives us no network of
         our own.
     """
-    if not tar.is_file():
-        raise BadValue(f"{tar} is no file")
+    if not file.is_file():
+        raise BadValue(f"{file} is no file")
     for program, package in PROGRAMS.items():
         if shutil.which(program) is None:
             raise HostError(f"{program} is not installed", f"install the package {package}")
     if os.geteuid() != 0:
         raise HostError("podman is to run as root here", "run it with sudo")
-    report, began = Report(str(tar), "podman", "container", ""), time.monotonic()
+    report, began = Report(str(file), "podman", "container", ""), time.monotonic()
     with contextlib.ExitStack() as undo:
         undo.enter_context(network.isolated())
         network.add_vips()
@@ -67,7 +72,7 @@ def prove(tar: Path, *, tell: Callable[[Milestone], None] = lambda milestone: No
         undo.callback(remove_containers, podman)
         for number, (name, step) in enumerate(STEPS.items()):
             try:
-                detail = step(Box(podman, tar.resolve(), directory))
+                detail = step(Box(podman, file.resolve(), directory))
             except (AmphoraImageError, *NOT_YET) as error:
                 report.failure = f"{name}: {error}"
                 report.milestones.append(Milestone(name))
@@ -87,18 +92,23 @@ class Box:
     """
 
     podman: Sequence[str]
-    tar: Path
+    file: Path
     directory: Path
 
     @property
     def version(self) -> str:
-        """The version of the HAProxy in the tar file, for instance ``3.0.11-1``."""
+        """The version of the HAProxy in the file, for instance ``3.0.11-1``."""
         return run([*self.podman, "run", *OPTIONS, IMAGE, "haproxy", "-v"]).split()[2]
 
 
 def imported(box: Box) -> str:
-    """Podman takes the tar file for an image."""
-    run([*box.podman, "import", box.tar, IMAGE])
+    """Podman takes the file for an image."""
+    if box.file.suffix == ARCHIVE:
+        # "Loaded image: localhost/amphora:latest"
+        name = run([*box.podman, "load", "--quiet", "--input", box.file]).split()[-1]
+        run([*box.podman, "tag", name, IMAGE])
+        return name
+    run([*box.podman, "import", box.file, IMAGE])
     return ""
 
 
@@ -115,7 +125,7 @@ def http_balanced(box: Box) -> str:
         return balance(lambda: ask_http((network.VIP, HTTP)), partial(wait, process))
 
 
-#: Milestones of a tar file, in order.
+#: Milestones of a file, in order.
 STEPS: dict[str, Callable[[Box], str]] = {
     "imported": imported,
     "HAProxy starts": haproxy_starts,

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ import pytest
 from amphora_image import boot, container, network, proof
 from amphora_image.board import BOARDS
 from amphora_image.check import Finding
+from amphora_image.oci import write_oci
 from amphora_image.page import write_page
 from amphora_image.report import Milestone, Report, Span
 from amphora_image.request import Architecture
@@ -97,9 +99,15 @@ def test_debian_amphorae_balance_load(debian_image: Path, tmp_path: Path, topolo
     assert debian_image.stat().st_mtime_ns == before.st_mtime_ns
 
 
-def test_debian_tar_balances_load(debian_image: Path) -> None:
-    """The HAProxy of the image's tar file balances load in a container, which is gone then."""
-    report = container.prove(debian_image.with_suffix(".tar"))
+@pytest.mark.parametrize("kind", ["tar", "oci"])
+def test_debian_balances_load_in_a_container(debian_image: Path, tmp_path: Path, kind: str) -> None:
+    """The HAProxy of the image's tar file, or of an OCI image of it, does so, and is gone then."""
+    file = debian_image.with_suffix(".tar")
+    if kind == "oci":
+        file, tar = tmp_path / "lb.oci", file
+        now = datetime.now(UTC)
+        write_oci(tar, file, name="lb", architecture=Architecture.AMD64, created=now)
+    report = container.prove(file)
     assert report.failure == ""
     assert [each.name for each in report.milestones] == list(container.STEPS)
 

@@ -59,11 +59,15 @@ STEPS = list(container.STEPS)
 
 
 @pytest.mark.parametrize(
-    ("argument", "milestone"),
-    [("import", STEPS[0]), ("-v", STEPS[1])],
+    ("file", "argument", "milestone"),
+    [
+        ("a.tar", "import", STEPS[0]),
+        ("a.oci", "load", STEPS[0]),
+        ("a.tar", "-v", STEPS[1]),
+    ],
 )
 def test_failure_is_told_by_its_milestone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argument: str, milestone: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, argument: str, milestone: str
 ) -> None:
     """What podman does not do is the failure of the milestone that needs it."""
 
@@ -80,9 +84,8 @@ def test_failure_is_told_by_its_milestone(
     monkeypatch.setattr("os.geteuid", lambda: 0)
     temporary = tempfile.TemporaryDirectory
     monkeypatch.setattr(tempfile, "TemporaryDirectory", lambda **_: temporary(dir=tmp_path))
-    tar = tmp_path / "a.tar"
-    tar.touch()
-    report = container.prove(tar)
+    (tmp_path / file).touch()
+    report = container.prove(tmp_path / file)
     number = STEPS.index(milestone)
     assert report.failure == f"{milestone}: podman ended with 125"
     assert report.milestones[-1] == Milestone(milestone)
