@@ -47,7 +47,7 @@ def left(directory: Path) -> dict[str, set[str]]:
     children = Path("/proc/self/task").glob("*/children")
     mounts = Path("/proc/mounts").read_text().splitlines()
     return {
-        "children": {pid for path in children for pid in path.read_text().split()},
+        "children": {pid for path in children for pid in words_of(path).split()},
         "others": {str(path) for path in cmdlines() if str(directory) in words_of(path)},
         "threads": {thread.name for thread in threading.enumerate()},
         "mounts": {line for line in mounts if str(directory) in line},
@@ -56,10 +56,10 @@ def left(directory: Path) -> dict[str, set[str]]:
     }
 
 
-def words_of(cmdline: Path) -> str:
-    """The arguments of a process, in one line."""
+def words_of(file: Path) -> str:
+    """The words of a file of a process, in one line; none once that has ended."""
     with contextlib.suppress(OSError):
-        return cmdline.read_bytes().decode(errors="replace").replace("\0", " ")
+        return file.read_bytes().decode(errors="replace").replace("\0", " ")
     return ""
 
 
@@ -164,7 +164,7 @@ def test_interrupted_container(debian_image: Path) -> None:
     """So it is with a container that runs."""
     tar = debian_image.with_suffix(".tar")
     with command("boot", "--container", tar) as proving:
-        wait_until(lambda: any(b"haproxy.cfg" in file.read_bytes() for file in cmdlines()))
+        wait_until(lambda: any("haproxy.cfg" in words_of(path) for path in cmdlines()))
         proving.terminate()
         _, said = proving.communicate(timeout=120)
     assert proving.returncode == 128 + signal.SIGTERM, said
