@@ -20,6 +20,7 @@ from amphora_image.errors import AmphoraImageError, BadValue, HostError
 from amphora_image.members import ask_http
 from amphora_image.proof import HTTP, NOT_YET, balance
 from amphora_image.report import Milestone, Report
+from amphora_image.request import ImageType
 from amphora_image.run import run
 
 #: Program -> the package of Debian and Ubuntu that holds it.
@@ -27,7 +28,7 @@ PROGRAMS = {"podman": "podman", "runc": "runc", "ip": "iproute2"}
 #: What podman calls the image here.
 IMAGE = "amphora"
 #: How the name of a file ends that holds an image and not a root file system.
-ARCHIVE = ".oci"
+ARCHIVE = f".{ImageType.OCI}"
 #: Limits that a build host in a container may set as well, and the proof's own network.
 OPTIONS = (
     *("--rm", "--network", "host"),
