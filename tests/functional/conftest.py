@@ -6,17 +6,22 @@ from __future__ import annotations
 import functools
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_image import asked, convert, make_raw, manifest, nodes
 from tiny import Elements, Scene, make_elements
 from ubuntu_archive import Archive, make_archive
 
+from amphora_image import proof
+
 #: The README's command for a Debian amphora, and its tar file as well.
 COMMAND = Path(__file__).parents[2] / "diskimage-create.sh"
 OPTIONS = ("-i", "debian", "-t", "qcow2,tar")
+#: Sees an image reach the milestones of these names; the rest is proof.prove's.
+ProvePart = Callable[..., None]
 
 
 @pytest.fixture(scope="session")
@@ -72,6 +77,20 @@ def ubuntu_archives(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
 def ubuntu_archive(ubuntu_archives: Callable[[str], Archive]) -> Archive:
     """An archive as that of Ubuntu's default release."""
     return ubuntu_archives("noble")
+
+
+@pytest.fixture
+def prove_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ProvePart:
+    """A function that sees an image reach milestones of a single amphora, and asks for no other."""
+
+    def prove(image: Path, names: Collection[str], **how: Any) -> None:
+        steps = {name: step for name, step in proof.SINGLE.items() if name in names}
+        monkeypatch.setitem(proof.TOPOLOGIES, "single", (1, steps))
+        report = proof.prove(image, log=tmp_path / "serial.log", **how)
+        assert report.failure == ""
+        assert [each.name for each in report.milestones[2:]] == list(names)
+
+    return prove
 
 
 @pytest.fixture(scope="module")
